@@ -1,0 +1,5 @@
+"""`python -m qtlm` is `qtlm`."""
+
+from qtlm.cli import main
+
+main()
