@@ -1,0 +1,290 @@
+# python -m pytest tests/test_generation.py
+"Contracts of qtlm.generation: the filters against plain Python, what `generate` promises for any module, and what it refuses."
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qtlm.config import ModelConfig
+from qtlm.data import ByteVocab
+from qtlm.generation import context_length, evaluation_mode, generate, next_token_probabilities, top_k_filter, top_p_filter
+from qtlm.model import ModelInputError, TinyLM
+from qtlm.quantization import quantize_model_ptq
+
+VOCAB = 50
+scores = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    tiny = TinyLM(ModelConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, block_size=8, dropout=0.5))
+    for p in tiny.parameters():
+        p.data.mul_(4)  # far from uniform, so that greedy choices differ from place to place
+    return tiny
+
+
+def ids(*shape, seed=0):
+    "Return random token ids."
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- filters ----
+
+@given(scores, st.integers(1, 12))
+@settings(max_examples=200, deadline=None)
+def test_top_k_keeps_the_k_largest(row, k):
+    "Exactly k stay, in place and unchanged; of equal ones the first."
+    k = min(k, len(row))
+    row = torch.tensor(row).tolist()
+    best = sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]
+    assert top_k_filter(torch.tensor(row), k).tolist() == [x if i in best else -math.inf for i, x in enumerate(row)]
+
+
+@given(scores, st.floats(0.001, 1.0))
+@settings(max_examples=200, deadline=None)
+def test_top_p_is_the_smallest_set_that_reaches_p(row, p):
+    "The kept mass reaches p, and would not without its least likely token."
+    logits = torch.tensor(row)
+    chances = logits.double().softmax(-1)
+    kept = top_p_filter(logits, p) > -math.inf
+    assert kept.any() and torch.equal(top_p_filter(logits, p)[kept], logits[kept])
+    assert chances[kept].sum() >= p - 1e-12
+    assert chances[kept].sum() - chances[kept].min() < p + 1e-12
+    if not kept.all():
+        assert chances[kept].min() >= chances[~kept].max()
+
+
+def test_filters_work_row_by_row():
+    "A batch of any shape is filtered as its rows are."
+    logits = torch.randn(2, 3, VOCAB, generator=torch.Generator().manual_seed(0))
+    for f, dial in ((top_k_filter, 5), (top_p_filter, 0.6)):
+        whole = f(logits, dial)
+        assert torch.equal(whole, torch.stack([torch.stack([f(row, dial) for row in rows]) for rows in logits]))
+
+
+def test_filters_agree_with_transformers():
+    "The same tokens stay as in transformers, where it is installed."
+    logits_process = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(100, VOCAB, generator=torch.Generator().manual_seed(0)) * 3
+    for k in (1, 7, VOCAB):
+        assert torch.equal(top_k_filter(logits, k), logits_process.TopKLogitsWarper(k)(None, logits))
+    for p in (0.1, 0.5, 0.9, 0.99):
+        assert torch.equal(top_p_filter(logits, p), logits_process.TopPLogitsWarper(p)(None, logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dial", [{}, {"temperature": 0}, {"temperature": 1e-38}, {"temperature": 100.0}, {"top_k": 3}, {"top_p": 0.2}, {"top_k": 9, "top_p": 0.5}])
+def test_probabilities_are_a_distribution(dtype, dial):
+    "Finite, not negative, summing to 1, whatever the dials and the logits' dtype; large logits overflow nothing."
+    logits = (torch.randn(20, VOCAB, generator=torch.Generator().manual_seed(0)) * 1e4).to(dtype)
+    odds = next_token_probabilities(logits, **dial)
+    assert odds.dtype == torch.float32 and odds.isfinite().all() and odds.min() >= 0
+    torch.testing.assert_close(odds.sum(-1), torch.ones(20))
+
+
+def test_sampling_follows_the_distribution():
+    "Frequencies over many texts lie within five standard deviations of the model's probabilities."
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return torch.arange(VOCAB).div(10).expand(*x.shape, VOCAB)
+
+    n = 20_000
+    drawn = generate(Fixed(), torch.zeros(n, 1, dtype=torch.int64), 1, seed=0, temperature=0.7, top_k=20)[:, 1]
+    odds = next_token_probabilities(torch.arange(VOCAB).div(10), temperature=0.7, top_k=20)
+    counts = torch.bincount(drawn, minlength=VOCAB)
+    assert ((counts - n * odds).abs() <= 5 * (n * odds * (1 - odds)).sqrt()).all()
+
+
+# ---- generate ----
+
+@pytest.mark.parametrize("prompt_length", [1, 7, 8, 9, 30])
+def test_greedy_is_the_argmax_of_the_window(model, prompt_length):
+    "Each token is the likeliest after the last block_size tokens, for prompts below, at and beyond the window."
+    prompt = ids(3, prompt_length)
+    out = generate(model, prompt, 15, temperature=0)
+    assert out.shape == (3, prompt_length + 15) and out.dtype == torch.int64 and torch.equal(out[:, :prompt_length], prompt)
+    with evaluation_mode(model):
+        for t in range(prompt_length, prompt_length + 15):
+            assert torch.equal(out[:, t], model(out[:, max(0, t - 8):t])[:, -1].argmax(-1))
+
+
+def test_top_1_is_greedy_at_any_temperature(model):
+    "So is a top_p that the likeliest token reaches alone."
+    best = generate(model, ids(2, 4), 20, temperature=0)
+    assert len(set(best[0].tolist())) > 3, "the model must not be trivial"
+    for dial in ({"top_k": 1, "temperature": 7.0}, {"top_p": 1e-9}, {"temperature": 1e-9}):
+        assert torch.equal(generate(model, ids(2, 4), 20, seed=3, **dial), best)
+
+
+def test_seeds(model):
+    "The same seed gives the same tokens, other seeds others; nobody else's generator moves; a prompt stays as it was."
+    prompt = ids(4)
+    kept, before = prompt.clone(), torch.get_rng_state()
+    assert torch.equal(generate(model, prompt, 30, seed=1), generate(model, prompt, 30, seed=1))
+    assert len({tuple(generate(model, prompt, 30, seed=s).tolist()) for s in range(5)}) == 5
+    assert not torch.equal(generate(model, prompt, 30), generate(model, prompt, 30))
+    assert torch.equal(torch.get_rng_state(), before) and torch.equal(prompt, kept)
+
+
+def test_a_shared_generator_goes_on(model):
+    "Two calls with one generator give what one call gives."
+    whole = generate(model, ids(4), 20, seed=9)
+    shared = torch.Generator().manual_seed(9)
+    part = generate(model, ids(4), 8, generator=shared)
+    assert torch.equal(generate(model, part, 12, generator=shared), whole)
+
+
+def test_modes_come_back(model):
+    "Dropout is off inside and each submodule's mode is restored, after an error too; the result is no inference tensor."
+    model.train()
+    frozen = next(m for m in model.modules() if isinstance(m, nn.Linear)).eval()
+    modes = [m.training for m in model.modules()]
+    out = generate(model, ids(4), 5, seed=0)
+    assert torch.equal(out, generate(model, ids(4), 5, seed=0)) and not out.is_inference()
+    with pytest.raises(ModelInputError):
+        generate(model, ids(4), 1, top_k=VOCAB + 1)
+    assert [m.training for m in model.modules()] == modes and not frozen.training
+    frozen.train()
+
+
+def test_a_module_that_keeps_what_it_computed_can_still_train():
+    "Generation uses no inference mode: tables that a module caches on the way remain usable in training."
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.table = nn.Embedding(VOCAB, VOCAB), None
+
+        def forward(self, x):
+            if self.table is None:
+                self.table = torch.ones(VOCAB) * 2
+            return self.embedding(x) * self.table
+
+    caching = Caching()
+    generate(caching, [1], 2, seed=0)
+    caching(ids(3)).sum().backward()
+    assert caching.embedding.weight.grad is not None
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_models_generate(model, bits):
+    "A quantized copy is a module like any other; greedy tokens are its own argmax."
+    small = quantize_model_ptq(model, bits=bits).eval()
+    out = generate(small, ids(2, 5), 6, temperature=0)
+    with torch.no_grad():
+        assert torch.equal(out[:, -1], small(out[:, -9:-1])[:, -1].argmax(-1))
+
+
+def test_any_module(model):
+    "Objects with .logits, dicts, tuples, modules without parameters or config."
+    expected = generate(model, ids(2, 3), 5, temperature=0, block_size=4)
+
+    class Wrapped(nn.Module):
+        def __init__(self, wrap):
+            super().__init__()
+            self.inner, self.wrap = model, wrap
+
+        def forward(self, x):
+            return self.wrap(self.inner(x))
+
+    for wrap in (lambda x: SimpleNamespace(logits=x), lambda x: {"logits": x}, lambda x: (x, None), lambda x: x.double()):
+        assert torch.equal(generate(Wrapped(wrap), ids(2, 3), 5, temperature=0, block_size=4), expected)
+
+
+@pytest.mark.parametrize("name", ["block_size", "max_position_embeddings", "n_positions"])
+def test_context_length_by_the_usual_names(name):
+    "Configs of this package, of Llama and of GPT-2."
+    module = nn.Identity()
+    assert context_length(module) is None
+    module.config = SimpleNamespace(**{name: 12})
+    assert context_length(module) == 12
+
+
+@pytest.mark.parametrize("prompt", ["ab", [97, 98], (97, 98), torch.tensor([97, 98])])
+def test_prompts(prompt):
+    "Text with a vocabulary, lists, tuples, tensors: the same ids come back, with new ones behind."
+    tiny = TinyLM(ModelConfig(vocab_size=256, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, block_size=8))
+    out = generate(tiny, prompt, 3, seed=0, vocab=ByteVocab())
+    assert out.shape == (5,) and out[:2].tolist() == [97, 98]
+    assert torch.equal(out, generate(tiny, torch.tensor([97, 98]), 3, seed=0))
+    assert generate(tiny, prompt, 0, vocab=ByteVocab()).tolist() == [97, 98]
+
+
+def test_stop_tokens(model):
+    "A row ends at its first stop token and repeats it; the batch ends with its longest row; a stop in the prompt does not count."
+    free = generate(model, ids(6, 4), 40, seed=2)
+    stop = free[0, 10].item()
+    out = generate(model, torch.cat([torch.full((6, 1), stop), ids(6, 4)], 1), 40, seed=2, stop_tokens=[stop])[:, 5:]
+    ended = [row.index(stop) if stop in row else None for row in out.tolist()]
+    for row, end in zip(out.tolist(), ended):
+        assert end is None or set(row[end:]) == {stop}
+    assert out.shape[1] == 40 if None in ended else out.shape[1] == max(ended) + 1
+    single = generate(model, ids(4), 40, seed=2, stop_tokens=[stop])
+    assert stop not in single[4:-1].tolist()
+
+
+# ---- refused, in one line ----
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"prompt": []}, "at least one int64 id"),
+    ({"prompt": torch.zeros(0, dtype=torch.int64)}, "at least one int64 id"),
+    ({"prompt": torch.zeros(2, 0, dtype=torch.int64)}, "at least one int64 id"),
+    ({"prompt": torch.zeros(2)}, "dtype torch.float32"),
+    ({"prompt": torch.zeros(2, dtype=torch.bool)}, "dtype torch.bool"),
+    ({"prompt": torch.zeros(1, 1, 1, dtype=torch.int64)}, r"shape \[1, 1, 1\]"),
+    ({"prompt": torch.tensor(3)}, r"shape \[\]"),
+    ({"prompt": [1.5]}, "int64"),
+    ({"prompt": [[1, 2], [3]]}, "rows of equal length"),
+    ({"prompt": None}, "expected ids"),
+    ({"prompt": "text"}, "vocab="),
+    ({"prompt": [VOCAB]}, f"id {VOCAB}; expected 0 to {VOCAB - 1}"),
+    ({"prompt": [-1]}, "id -1"),
+    ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+    ({"max_new_tokens": 1.0}, "max_new_tokens is 1.0"),
+    ({"max_new_tokens": True}, "max_new_tokens is True"),
+    ({"max_new_tokens": None}, "max_new_tokens is None"),
+    ({"temperature": -0.1}, "temperature is -0.1"),
+    ({"temperature": math.nan}, "temperature is nan"),
+    ({"temperature": math.inf}, "temperature is inf"),
+    ({"temperature": "hot"}, "temperature is 'hot'"),
+    ({"top_k": 0}, "top_k is 0"),
+    ({"top_k": VOCAB + 1}, f"top_k is {VOCAB + 1}; expected at most the model's {VOCAB} tokens"),
+    ({"top_k": 2.0}, "top_k is 2.0"),
+    ({"top_p": 0}, "top_p is 0"),
+    ({"top_p": 1.1}, "top_p is 1.1"),
+    ({"top_p": math.nan}, "top_p is nan"),
+    ({"block_size": 0}, "block_size is 0"),
+    ({"seed": -1}, "seed is -1"),
+    ({"seed": 1.5}, "seed is 1.5"),
+    ({"seed": 1, "generator": torch.Generator()}, "both seed=1 and a generator"),
+    ({"stop_tokens": ["."]}, "stop_tokens"),
+    ({"stop_tokens": "."}, "stop_tokens"),
+    ({"stop_tokens": 1.5}, "stop_tokens"),
+    ({"model": lambda x: x}, "model is a function; expected a torch.nn.Module"),
+])
+def test_refused(model, arguments, message):
+    "One class, one line, what was found and what was expected; the global generator does not move."
+    before = torch.get_rng_state()
+    with pytest.raises(ModelInputError, match=message) as caught:
+        generate(**{"model": model, "prompt": [1], "max_new_tokens": 2} | arguments)
+    assert "expected" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) <= 300
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_have_gone_bad(bad):
+    "Logits that are not numbers are an error, not a crash of the sampler."
+    broken = nn.Embedding(VOCAB, VOCAB)
+    broken.weight.data[3, 4] = bad
+    with pytest.raises(ModelInputError, match="not finite"):
+        generate(broken, [3], 1, temperature=0)
+
+
+def test_an_id_that_the_model_cannot_look_up():
+    "A model that does not say how large its vocabulary is: the embedding's IndexError becomes an error of this package."
+    with pytest.raises(ModelInputError, match="cannot look up ids up to 77"):
+        generate(nn.Embedding(VOCAB, VOCAB), [77], 1)
