@@ -47,7 +47,7 @@ def _short(text: str, limit: int = 60) -> str:
 def _found(value: Any) -> str:
     "Say what a value is, in the words of a configuration file."
     if value is None or isinstance(value, bool): return json.dumps(value)
-    if isinstance(value, int) and value.bit_length() > 64: return f"an integer of about {int(value.bit_length() * math.log10(2)) + 1} digits"
+    if isinstance(value, int) and (bits := value.bit_length()) > 64: return f"an integer of about {int(bits * math.log10(2)) + 1} digits"
     if isinstance(value, (int, float)): return repr(value)
     if isinstance(value, str): return f"the text '{_short(value)}'" if value else "an empty text"
     if isinstance(value, Mapping): return "a mapping"
@@ -78,7 +78,7 @@ def _lines(lines: list[str], limit: int = 20) -> list[str]:
 
 # %% ../nbs/01_config.ipynb #core-tables
 _CONSTANTS = {word: value for value, words in {
-    None: "null Null NULL ~", True: "true True TRUE", False: "false False FALSE", math.inf: ".inf .Inf .INF +.inf +.Inf +.INF", -math.inf: "-.inf -.Inf -.INF",
+    None: "null Null NULL ~", True: "true True TRUE", False: "false False FALSE", math.inf: ".inf .Inf", -math.inf: "-.inf -.Inf",
 }.items() for word in words.split()} | {"": None, ".nan": math.nan, ".NaN": math.nan, ".NAN": math.nan}
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
@@ -102,6 +102,14 @@ class _Refusal(Exception):
         return _line(f"{source}:{line}:{column}" if line else source, _Problem((), found, expected))
 
 # %% ../nbs/01_config.ipynb #yaml-events
+class _Loader(yaml.SafeLoader):
+    "PyYAML's loader, but for brackets within brackets: it would look a thousand of them ahead, in quadratic time."
+
+    def fetch_flow_collection_start(self, token: type) -> None:
+        if self.flow_level >= 20: raise yaml.scanner.ScannerError(None, None, "a nesting deeper than 20 levels", self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+
 def _forbidden(event: yaml.Event, documents: int) -> str:
     "Name what stands for something else than it shows, or return nothing."
     if documents > 1: return "a second document"
@@ -118,12 +126,13 @@ def _yaml_events(text: str) -> Iterator[tuple]:
     "Yield `(kind, value, line, column)` for each node of a YAML text and `_END` after each collection."
     documents, line, column = 0, 1, 1
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        for event in yaml.parse(text, Loader=_Loader):
             line, column = event.start_mark.line + 1, event.start_mark.column + 1
             documents += isinstance(event, yaml.DocumentStartEvent)
             if found := _forbidden(event, documents): raise _Refusal(line, column, found, "plain values, each written out where it stands")
             if isinstance(event, yaml.ScalarEvent): yield "value", _core(event.value) if event.implicit[0] else event.value, line, column
-            elif isinstance(event, yaml.CollectionStartEvent): yield "{" if isinstance(event, yaml.MappingStartEvent) else "[", None, line, column
+            elif isinstance(event, yaml.MappingStartEvent): yield "{", None, line, column
+            elif isinstance(event, yaml.SequenceStartEvent): yield "[", None, line, column
             elif isinstance(event, yaml.CollectionEndEvent): yield _END
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -132,7 +141,7 @@ def _yaml_events(text: str) -> Iterator[tuple]:
         line, column = text.count("\n", 0, error.position) + 1, error.position - text.rfind("\n", 0, error.position)
         raise _Refusal(line, column, f"the character U+{error.character:04X}", "printable text") from None
     except ValueError as error:
-        raise _Refusal(line, column, str(error), "a value that can be read") from None
+        raise _Refusal(line, column, str(error), "a value that Python can hold") from None
 
 # %% ../nbs/01_config.ipynb #json-events
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]|[^\s,:{}\[\]"]+')
@@ -151,9 +160,9 @@ def _json_events(text: str) -> Iterator[tuple]:
     except json.JSONDecodeError as error:
         raise _Refusal(error.lineno, error.colno, error.msg, "JSON") from None
     except RecursionError:
-        raise _Refusal(line, column, "a nesting without end", "at most 20 levels") from None
+        raise _Refusal(line, column, "a nesting deeper than 20 levels", "at most 20") from None
     except ValueError as error:
-        raise _Refusal(line, column, str(error), "a value that can be read") from None
+        raise _Refusal(line, column, str(error), "a value that Python can hold") from None
 
 # %% ../nbs/01_config.ipynb #build-tree
 def _build(events: Iterator[tuple]) -> tuple[Any, dict[tuple, int], list[_Problem]]:
@@ -163,7 +172,8 @@ def _build(events: Iterator[tuple]) -> tuple[Any, dict[tuple, int], list[_Proble
     def mapping(loc: tuple) -> dict:
         result = {}
         for kind, key, line, column in itertools.takewhile(_END.__ne__, events):
-            if not isinstance(key, str): raise _Refusal(line, column, f"the key {_found(key) if kind == 'value' else 'of several parts'}", "a name")
+            shown = _found(key) if kind == "value" else "of several parts"
+            if not isinstance(key, str): raise _Refusal(line, column, f"the key {shown}", "a name")
             value = node(next(events), (*loc, key))
             if key in result: problems.append(_Problem((*loc, key), f"given twice, at lines {lines[(*loc, key)]} and {line}", "one value"))
             else: result[key], lines[(*loc, key)] = value, line
@@ -171,13 +181,15 @@ def _build(events: Iterator[tuple]) -> tuple[Any, dict[tuple, int], list[_Proble
 
     def node(event: tuple, loc: tuple) -> Any:
         kind, value, line, column = event
-        if next(count) > 4096: raise _Refusal(line, column, "more than 4096 values", "a configuration")
+        if next(count) > 4096: raise _Refusal(line, column, "more than 4096 values", "at most 4096")
         if kind == "value": return value
-        if len(loc) >= 20: raise _Refusal(line, column, "a nesting deeper than 20 levels", "a configuration")
+        if len(loc) >= 20: raise _Refusal(line, column, "a nesting deeper than 20 levels", "at most 20")
         if kind == "{": return mapping(loc)
         return [node(item, (*loc, i)) for i, item in enumerate(itertools.takewhile(_END.__ne__, events))]
 
-    return node(next(events, ("value", None, 1, 1)), ()), lines, problems
+    tree = node(next(events, ("value", None, 1, 1)), ())
+    for _ in events: pass  # to the end: what follows the value is part of the text, and may be refused
+    return tree, lines, problems
 
 # %% ../nbs/01_config.ipynb #read-file
 _LIMIT = 256 * 1024  # bytes; the longest real configuration is some 10 KiB
@@ -202,7 +214,8 @@ def _decode(data: bytes) -> str:
     return text
 
 # %% ../nbs/01_config.ipynb #field
-def _field(default: Any, meaning: str, *, unit: str, example: Any, range: str = "", aliases: tuple = (), needs: dict | None = None, **limits) -> Any:
+def _field(default: Any, meaning: str, *, unit: str, example: Any, range="", aliases: tuple = (), needs: dict | None = None,
+           **limits) -> Any:
     "Describe a field: meaning, unit, range, default, example, the names other libraries have for it, and what its example needs beside it."
     signs = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}"}
     words = range or " and ".join(signs[name].format(limit) for name, limit in limits.items())
@@ -231,6 +244,11 @@ def _to_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _to_path(value: Any) -> Any:
+    "Take a `pathlib.Path` for its text."
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _check_device(device: str) -> str:
     "Refuse what names no device of torch's."
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", device): raise ValueError
@@ -250,9 +268,11 @@ def _check_group_size(size: int) -> int:
 
 
 _Text = Annotated[str, AfterValidator(_check_text)]
+_PathText = Annotated[str, BeforeValidator(_to_path), AfterValidator(_check_text)]
 _Names = Annotated[tuple[_Text, ...], BeforeValidator(_to_tuple)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Bits = Annotated[Literal[8, 4], BeforeValidator(_check_whole)]
+_Blocksize = Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_check_whole)]
 _GroupSize = Annotated[int, AfterValidator(_check_group_size)]
 
 # %% ../nbs/01_config.ipynb #kind
@@ -340,29 +360,30 @@ def _near_name(kind: type, name: str) -> str:
 def _hint(info: Any, value: Any) -> str:
     "Say what the writer of a wrong value may have meant."
     kind, text = _kind(info.annotation)[0], isinstance(value, str) and len(value) < 100
-    close = difflib.get_close_matches(value, [v for v in get_args(kind) if isinstance(v, str)], 1) if text else []
+    close = text and difflib.get_close_matches(value, [v for v in get_args(kind) if isinstance(v, str)], 1)
     if close: return f"Did you mean {close[0]}?"
     if value is None: return f"Leave it out for the default, {_write(info.default)}."
-    if isinstance(value, float) and not math.isfinite(value): return "It must be finite."
     if kind is str: return "Put it in quotes." if isinstance(value, (bool, int, float)) else ""
+    if text: return "Write it without quotes." if isinstance(_core(value), (int, float)) else ""
     whole = isinstance(value, float) and value.is_integer() and (kind is int or get_origin(kind) is Literal)
-    return f"Write {value:.0f}, without the point." if whole else "Write it without quotes." if text and isinstance(_core(value), (int, float)) else ""
+    return f"Write {value:.0f}, without the point." if whole else ""
 
 # %% ../nbs/01_config.ipynb #rename
 def _rename(kind: type, fields: Mapping) -> tuple[dict, list[_Problem]]:
-    "Give each field its own name; a field given by two of its names is a problem."
+    "Give each field its own name; an unknown name is a problem, and so is a field given by two of its names."
     result, problems, given = {}, [], {}
     for key, value in fields.items():
-        name = _names(kind).get(key, key)
-        if name in given: problems.append(_Problem((name,), f"given twice, as {given[name]} and as {key}", "one of the two"))
-        else: result[name], given[name] = value, key
+        name = _names(kind).get(key)
+        hint = _near_name(kind, key) if name is None and len(problems) < 20 else ""  # looking for a thousand names would take its time
+        if name is None: problems.append(_Problem((key,), "unknown", f"a field of {kind.__name__}", hint))
+        elif name in given: problems.append(_Problem((name,), f"given twice, as {given[name]} and as {key}", "one of the two"))
+        else: result[name], given[name] = {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value, key
     return result, problems
 
 # %% ../nbs/01_config.ipynb #problem-of
 def _problem(kind: type, error: dict, hints: bool) -> list[_Problem]:
     "Put one error of pydantic's into the words of the field that it is about."
     (name, *rest), value, inner = error["loc"], error["input"], error.get("ctx", {}).get("error")
-    if name not in kind.model_fields: return [_Problem((name,), "unknown", f"a field of {kind.__name__}", _near_name(kind, name) if hints else "")]
     if isinstance(inner, ConfigError): return [problem._replace(loc=(name, *problem.loc)) for problem in inner._problems]
     info, rest = kind.model_fields[name], [part for part in rest if isinstance(part, int) and error["type"] != "missing"]
     return [_Problem((name, *rest), _found(value), _expected(info), _hint(info, value) if hints else "")]
@@ -427,7 +448,9 @@ class Config(BaseModel):
         *names: str,  # fields to describe; none: all of them
     ) -> _Table:  # rows with field, meaning, unit, range, default, example and other names; a table in Jupyter
         "Return what each field means, in which unit and range, with its default and an example."
-        return _Table(row for row in _rows(cls) if not names or row["field"] in [_names(cls).get(name) for name in names])
+        wanted, problems = _rename(cls, dict.fromkeys(names))
+        if problems: raise _failure(cls.__name__, problems)
+        return _Table(row for row in _rows(cls) if row["field"] in wanted or not names)
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:  # JSON Schema, draft 2020-12
@@ -448,36 +471,38 @@ class Config(BaseModel):
 # %% ../nbs/01_config.ipynb #head-rules
 def _head_rules(c: BaseModel) -> Iterator[_Problem]:
     "Heads divide the width, into pairs that rotary embeddings can turn; groups of them share keys."
-    hidden, heads, keys, count, fields = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.num_parameters(), ("num_attention_heads",)
+    hidden, heads, keys, fields = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, ("num_attention_heads",)
     if hidden % heads: yield _Problem(("hidden_size",), str(hidden), f"a multiple of num_attention_heads = {heads}", also=fields)
     elif hidden // heads % 2:
-        yield _Problem(("hidden_size",), f"{hidden} for {heads} heads, {hidden // heads} features each", "an even number of features a head", also=fields)
+        yield _Problem(("hidden_size",), f"{hidden}, {hidden // heads} features a head", "an even number of features a head", also=fields)
     if heads % keys: yield _Problem(("num_key_value_heads",), str(keys), f"a divisor of num_attention_heads = {heads}", also=fields)
-    if count > 1 << 40: yield _Problem(("hidden_size",), f"a model of {count:.1e} parameters", "at most 2**40", "That would be 4 TiB of weights.", fields)
+    if (count := c.num_parameters()) > 1 << 40: yield _Problem(("hidden_size",), f"{count:.1e} parameters in all", "at most 2**40",
+                                                               also=fields)
 
 # %% ../nbs/01_config.ipynb #model-config
 class ModelConfig(Config):
     "The shape of a `TinyLM`: a decoder of Llama's kind."
     _rules = (_head_rules,)
-    vocab_size: int = _field(256, "Tokens in the vocabulary", unit="tokens", ge=1, le=1 << 24, example=1024)  # one a byte
-    hidden_size: int = _field(192, "Width of the residual stream; a multiple of num_attention_heads", unit="features", ge=2, le=1 << 17,
-                              example=384, aliases=("n_embd", "d_model"))  # trains in minutes on two cores
-    num_hidden_layers: int = _field(4, "Transformer blocks", unit="blocks", ge=1, le=1024, example=6,
-                                    aliases=("n_layer", "n_layers", "num_layers"))  # shallow and wide is fast on a CPU
-    num_attention_heads: int = _field(6, "Heads that ask", unit="heads", ge=1, le=1024, example=8,
-                                      aliases=("n_head", "n_heads", "num_heads"))  # 32 features each
-    num_key_value_heads: int | None = _field(None, "Heads that answer; divides num_attention_heads; null: as many", unit="heads", ge=1, le=1024,
-                                             example=2, aliases=("n_kv_head", "n_kv_heads"))  # grouped-query attention below that
-    intermediate_size: int | None = _field(None, "Width of the MLP; null: 8/3 hidden_size, rounded up to a multiple of 32", unit="features",
-                                           ge=1, le=1 << 19, example=768)  # as many weights as the classic 4 x without a gate
-    block_size: int = _field(256, "Longest sequence that the model can read", unit="tokens", ge=1, le=1 << 24, example=512,
-                             aliases=("context_length", "max_position_embeddings", "max_seq_len"))  # the positions that RoPE tabulates
-    rope_theta: float = _field(10000.0, "Base of the rotary angles; larger for longer contexts", unit="ratio", ge=1, le=1e9,
-                               example=500000.0)  # RoFormer's value
-    rms_norm_eps: float = _field(1e-5, "Added to the mean square before the root", unit="squared activation", gt=0, le=0.1, example=1e-6)  # Llama 2's
-    tie_word_embeddings: bool = _field(True, "Use the embedding as output layer too", unit="switch", example=False)  # half the tables of a small model
-    dropout: float = _field(0.0, "Share of activations dropped in training", unit="probability", ge=0, lt=1, example=0.1)  # none: data is plenty
-    initializer_range: float = _field(0.02, "Standard deviation of initial weights", unit="weight", gt=0, le=1, example=0.01)  # GPT-2's
+    vocab_size: int = _field(256, "Tokens that the model knows", unit="tokens", ge=1, le=1 << 24, example=1024)
+    hidden_size: int = _field(
+        192, "Width of the residual stream", unit="features", ge=2, le=1 << 17, example=384, aliases=("n_embd", "d_model"))
+    num_hidden_layers: int = _field(
+        4, "Transformer blocks, one after another", unit="blocks", ge=1, le=1024, example=6, aliases=("n_layer", "n_layers"))
+    num_attention_heads: int = _field(
+        6, "Query heads; they divide hidden_size", unit="heads", ge=1, le=1024, example=8, aliases=("n_head", "n_heads"))
+    num_key_value_heads: int | None = _field(
+        None, "Key and value heads; a divisor of num_attention_heads; null: as many", unit="heads", ge=1, le=1024, example=2,
+        aliases=("n_kv_head",))
+    intermediate_size: int | None = _field(
+        None, "Width of the MLP; null: 8/3 hidden_size, rounded up to a multiple of 32", unit="features", ge=1, le=1 << 19, example=768)
+    block_size: int = _field(
+        256, "Longest sequence that the model can read", unit="tokens", ge=1, le=1 << 24, example=512,
+        aliases=("context_length", "max_position_embeddings", "max_seq_len"))
+    rope_theta: float = _field(10000.0, "Base of the rotary angles", unit="ratio", ge=1, le=1e9, example=500000.0)
+    rms_norm_eps: float = _field(1e-5, "Added to the mean square before the root", unit="squared activation", gt=0, le=0.1, example=1e-6)
+    tie_word_embeddings: bool = _field(True, "Use the embedding as output layer too", unit="switch", example=False)
+    dropout: float = _field(0.0, "Share of activations dropped in training", unit="probability", ge=0, lt=1, example=0.1)
+    initializer_range: float = _field(0.02, "Standard deviation of initial weights", unit="weight", gt=0, le=1, example=0.01)
 
     @model_validator(mode="after")
     def _derive(self):
@@ -507,105 +532,130 @@ def _group_rule(c: BaseModel, prefix: str = "") -> Iterator[_Problem]:
     "Only weights of 4 bits share scales in groups."
     size, bits = getattr(c, f"{prefix}group_size"), getattr(c, f"{prefix}bits")
     if size is not None and bits != 4:
-        yield _Problem((f"{prefix}group_size",), f"{size} with {prefix}bits = {bits}", f"null, or {prefix}bits = 4", also=(f"{prefix}bits",))
+        yield _Problem((f"{prefix}group_size",), f"{size} with {prefix}bits = {bits}", f"null, or {prefix}bits = 4",
+                       also=(f"{prefix}bits",))
 
 
 class QuantizationConfig(Config):
     "How a model is quantized: what `quantize_model_ptq` and `prepare_qat` are told."
     _rules = (_group_rule,)
-    mode: Literal["ptq", "qat"] = _field("ptq", "When to round: after training (ptq) or already while training (qat)", unit="name", example="qat",
-                                         aliases=("quantization_mode",))  # needs nothing but the model
-    bits: _Bits = _field(8, "Bits of a weight", unit="bits", example=4, aliases=("quantization_bits", "nbits", "num_bits"))  # nearly lossless
-    type: Literal["dynamic", "static"] = _field("dynamic", "Ranges of activations: measured on each token (dynamic) or fixed by calibration (static)",
-                                                unit="name", example="static", aliases=("quantization_type",))  # needs no calibration data
-    group_size: _GroupSize | None = _field(None, "Weights of a row that share a scale, for 4 bits; -1: the whole row; null: adapts to each layer",
-                                           unit="weights", range=_GROUPS, example=32, needs={"bits": 4}, aliases=("quantization_group_size",))
+    mode: Literal["ptq", "qat"] = _field(
+        "ptq", "When to round: after training (ptq) or already while training (qat)", unit="name", example="qat",
+        aliases=("quantization_mode",))  # needs nothing but the model
+    bits: _Bits = _field(
+        8, "Bits of a weight", unit="bits", example=4, aliases=("quantization_bits", "nbits", "num_bits"))  # nearly lossless
+    type: Literal["dynamic", "static"] = _field(
+        "dynamic", "Ranges of activations: measured on each token (dynamic) or fixed by calibration (static)", unit="name",
+        example="static", aliases=("quantization_type",))  # needs no calibration data
+    group_size: _GroupSize | None = _field(
+        None, "Weights of a row that share a scale, for 4 bits; -1: the whole row; null: adapts to each layer", unit="weights",
+        range=_GROUPS, example=32, needs={"bits": 4}, aliases=("quantization_group_size",))
     quantize_embedding: bool = _field(True, "Quantize embeddings too", unit="switch", example=False)  # the largest tensor of a small model
-    embedding_bits: _Bits = _field(8, "Bits of an embedding's weight", unit="bits", example=4)  # 8 in 4-bit models too: the most sensitive tensor
-    skip_modules: _Names = _field((), "Modules to leave as they are, in addition to the defaults", unit="module names", range="names or globs", example=["lm_head"],
-                                  aliases=("quantization_skip_modules", "modules_to_not_convert", "llm_int8_skip_modules", "ignore"))
+    embedding_bits: _Bits = _field(
+        8, "Bits of an embedding's weight", unit="bits", example=4)  # 8 in 4-bit models too: the most sensitive tensor
+    skip_modules: _Names = _field(
+        (), "Modules to leave as they are, in addition to the defaults", unit="module names", range="names or globs", example=["lm_head"],
+        aliases=("quantization_skip_modules", "modules_to_not_convert", "llm_int8_skip_modules", "ignore"))
 
 # %% ../nbs/01_config.ipynb #learning-fields
 class _LearningFields(Config):
     "How a gradient becomes a step, how much one step sees, and how the learning rate moves."
-    learning_rate: float = _field(3e-4, "Step size of AdamW, at its peak", unit="weight change a step", gt=0, le=10, example=1e-3, aliases=("lr",))
-    weight_decay: float = _field(0.1, "Pull of matrices towards zero; norms and biases are left alone", unit="share of weight per unit of learning_rate",
-                                 ge=0, le=10, example=0.01)
+    learning_rate: float = _field(
+        3e-4, "Step size of AdamW, at its peak", unit="weight change a step", gt=0, le=10, example=1e-3, aliases=("lr",))
+    weight_decay: float = _field(
+        0.1, "Pull of matrices towards zero; norms and biases are left alone", unit="share of weight per unit of learning_rate", ge=0,
+        le=10, example=0.01)
     betas: Annotated[tuple[_Beta, _Beta], BeforeValidator(_to_tuple)] = _field(
-        (0.9, 0.95), "Memory of AdamW's mean and mean square", unit="share kept a step", range="2 numbers, each >= 0 and < 1", example=[0.9, 0.99])
+        (0.9, 0.95), "Memory of AdamW's mean and mean square", unit="share kept a step", range="2 numbers, each >= 0 and < 1",
+        example=[0.9, 0.99])
     eps: float = _field(1e-8, "Added to the root of the mean square", unit="gradient", gt=0, le=1, example=1e-6, aliases=("adam_epsilon",))
-    max_grad_norm: float | None = _field(1.0, "Longer gradients are scaled to this length; null: never", unit="gradient norm", gt=0, le=1e9, example=0.5,
-                                         aliases=("grad_clip", "gradient_clip_val"))
-    label_smoothing: float = _field(0.0, "Probability spread evenly over the other tokens", unit="probability", ge=0, lt=1, example=0.1,
-                                    aliases=("label_smoothing_factor",))
+    max_grad_norm: float | None = _field(
+        1.0, "Longer gradients are scaled to this length; null: never", unit="gradient norm", gt=0, le=1e9, example=0.5,
+        aliases=("grad_clip", "gradient_clip_val"))
+    label_smoothing: float = _field(
+        0.0, "Probability spread evenly over the other tokens", unit="probability", ge=0, lt=1, example=0.1,
+        aliases=("label_smoothing_factor",))
     ignore_index: int = _field(-100, "Target that carries no loss", unit="token id", ge=-(1 << 31), lt=1 << 31, example=0)
-    batch_size: int = _field(16, "Sequences that go through the model at once", unit="sequences", ge=1, le=1 << 20, example=32,
-                             aliases=("per_device_train_batch_size", "train_batch_size"))
-    gradient_accumulation_steps: int = _field(1, "Batches that make one step; memory for time", unit="batches", ge=1, le=1 << 20, example=4,
-                                              aliases=("accumulate_grad_batches", "grad_accum_steps"))
-    block_size: int = _field(256, "Tokens of one training sequence", unit="tokens", ge=1, le=1 << 24, example=128, aliases=("context_length", "max_seq_len"))
+    batch_size: int = _field(
+        16, "Sequences that go through the model at once", unit="sequences", ge=1, le=1 << 20, example=32,
+        aliases=("per_device_train_batch_size", "train_batch_size"))
+    gradient_accumulation_steps: int = _field(
+        1, "Batches that make one step; memory for time", unit="batches", ge=1, le=1 << 20, example=4,
+        aliases=("accumulate_grad_batches", "grad_accum_steps"))
+    block_size: int = _field(
+        256, "Tokens of one training sequence", unit="tokens", ge=1, le=1 << 24, example=128, aliases=("context_length", "max_seq_len"))
     max_steps: int = _field(1000, "Optimizer steps of the whole run", unit="steps", ge=1, le=10**9, example=5000, aliases=("max_iters",))
     lr_scheduler_type: Literal["constant", "cosine", "linear", "warmup_stable_decay"] = _field(
         "constant", "Course of the learning rate after the warm-up", unit="name", example="cosine", aliases=("lr_schedule",))
-    warmup_steps: int = _field(0, "Steps over which the rate rises from zero", unit="steps", ge=0, le=10**9, example=100, aliases=("warmup_iters",))
+    warmup_steps: int = _field(
+        0, "Steps over which the rate rises from zero", unit="steps", ge=0, le=10**9, example=100, aliases=("warmup_iters",))
     min_lr_ratio: float = _field(0.1, "Rate at the end of a schedule that falls", unit="share of learning_rate", ge=0, le=1, example=0.01)
-    decay_ratio: float = _field(0.2, "Part of the run over which warmup_stable_decay falls", unit="share of max_steps", ge=0, le=1, example=0.1)
+    decay_ratio: float = _field(
+        0.2, "Part of the run over which warmup_stable_decay falls", unit="share of max_steps", ge=0, le=1, example=0.1)
 
 # %% ../nbs/01_config.ipynb #run-fields
 class _RunFields(Config):
     "Where the run happens, what it may not depend on, what is measured, told and kept on the way, and what is learnt from."
     seed: int = _field(0, "Start of every random draw", unit="number", ge=0, lt=1 << 32, example=1234)
-    dtype: Literal["fp32", "bf16"] = _field("fp32", "Numbers that activations are computed in; weights stay fp32", unit="name", example="bf16")
+    dtype: Literal["fp32", "bf16"] = _field(
+        "fp32", "Numbers that activations are computed in; weights stay fp32", unit="name", example="bf16")
     compile: bool = _field(False, "Compile the model with torch.compile first", unit="switch", example=True, aliases=("torch_compile",))
-    device: Annotated[str, AfterValidator(_check_device)] = _field("auto", "Where to compute; auto: the accelerator that is there, or the CPU", unit="name",
-                                                                   range="such as auto, cpu, mps, cuda or cuda:1", example="cpu")
-    deterministic: bool = _field(False, "Use only operations that give the same bits each time", unit="switch", example=True,
-                                 aliases=("use_deterministic_algorithms",))
-    eval_steps: int | None = _field(None, "Evaluate every so many steps; null: only when asked", unit="steps", ge=1, le=10**9, example=100,
-                                    aliases=("eval_interval",))
-    eval_batches: int | None = _field(None, "Batches of an evaluation; null: all held-out text", unit="batches", ge=1, le=10**9, example=20,
-                                      aliases=("eval_iters",))
-    early_stopping_patience: int | None = _field(None, "Stop after so many evaluations without a better loss; null: never", unit="evaluations", ge=1,
-                                                 le=10**9, example=3, needs={"eval_steps": 100})
-    early_stopping_threshold: float = _field(0.0, "How much lower a loss must be to count as better", unit="nats a token", ge=0, le=100, example=0.001)
+    device: Annotated[str, AfterValidator(_check_device)] = _field(
+        "auto", "Where to compute; auto: the accelerator that is there, or the CPU", unit="name",
+        range="such as auto, cpu, mps, cuda or cuda:1", example="cpu")
+    deterministic: bool = _field(
+        False, "Use only operations that give the same bits each time", unit="switch", example=True,
+        aliases=("use_deterministic_algorithms",))
+    eval_steps: int | None = _field(
+        None, "Evaluate every so many steps; null: only when asked", unit="steps", ge=1, le=10**9, example=100, aliases=("eval_interval",))
+    eval_batches: int | None = _field(
+        None, "Batches of an evaluation; null: all held-out text", unit="batches", ge=1, le=10**9, example=20, aliases=("eval_iters",))
+    early_stopping_patience: int | None = _field(
+        None, "Stop after so many evaluations without a better loss; null: never", unit="evaluations", ge=1, le=10**9, example=3,
+        needs={"eval_steps": 100})
+    early_stopping_threshold: float = _field(
+        0.0, "How much lower a loss must be to count as better", unit="nats a token", ge=0, le=100, example=0.001)
     logging_steps: int = _field(1, "Show the loss every so many steps", unit="steps", ge=1, le=10**9, example=10, aliases=("log_interval",))
     save_steps: int | None = _field(None, "Save every so many steps; null: at the end", unit="steps", ge=1, le=10**9, example=500)
     save_total_limit: int | None = _field(None, "Checkpoints to keep, the newest; null: all", unit="checkpoints", ge=1, le=10**9, example=2)
-    output_dir: _Text = _field("checkpoints", "Folder in which each run has one", unit="path", range="without control characters", example="runs",
-                               aliases=("out_dir",))
+    output_dir: _PathText | None = _field(
+        None, "Folder in which each run keeps its own; null: nothing is kept unless asked, then checkpoints", unit="path",
+        range="without control characters", example="runs", aliases=("out_dir",))
     run_name: Annotated[str, AfterValidator(_check_run_name)] = _field(
         "run", "Name of the run, and of its folder", unit="name", example="tiny-int4",
         range="of up to 100 letters, digits, _, - and ., with no . first or last")
     on_save_error: Literal["raise", "warn"] = _field("raise", "What a failed save does to the run", unit="name", example="warn")
     progress: bool = _field(True, "Show a progress bar", unit="switch", example=False)
-    text: _Text | None = _field(None, "File, folder or glob to learn from; null: the standard library's source", unit="path",
-                                range="without control characters", example="books/*.txt")
-    vocab: Literal["byte", "bpe"] = _field("byte", "Tokens: the 256 bytes, or merges learnt from the text", unit="name", example="bpe",
-                                           needs={"vocab_size": 1024})
-    vocab_size: int | None = _field(None, "Tokens of a bpe vocabulary", unit="tokens", ge=257, le=1 << 24, example=1024, needs={"vocab": "bpe"})
+    text: _PathText | None = _field(
+        None, "File, folder or glob to learn from; null: the standard library's source", unit="path", range="without control characters",
+        example="books/*.txt")
+    vocab: Literal["byte", "bpe"] = _field(
+        "byte", "Tokens: the 256 bytes, or merges learnt from the text", unit="name", example="bpe", needs={"vocab_size": 1024})
+    vocab_size: int | None = _field(
+        None, "Tokens of a bpe vocabulary", unit="tokens", ge=257, le=1 << 24, example=1024, needs={"vocab": "bpe"})
     validation_fraction: float = _field(0.1, "Part of the text held out for evaluation", unit="share of the text", ge=0, lt=1, example=0.05)
 
 # %% ../nbs/01_config.ipynb #schedule-rules
 def _schedule_rules(c: BaseModel) -> Iterator[_Problem]:
     "The parts of a schedule fit into the run; who waits for a better evaluation has evaluations."
     decay = round(c.decay_ratio * c.max_steps) if c.lr_scheduler_type == "warmup_stable_decay" else 0
-    if c.warmup_steps > c.max_steps: yield _Problem(("warmup_steps",), str(c.warmup_steps), f"at most max_steps = {c.max_steps}", also=("max_steps",))
-    elif c.warmup_steps + decay > c.max_steps:
-        yield _Problem(("decay_ratio",), f"{c.decay_ratio} after warmup_steps = {c.warmup_steps}", f"both to fit in max_steps = {c.max_steps}",
+    warmup, steps, patience = c.warmup_steps, c.max_steps, c.early_stopping_patience
+    if warmup > steps: yield _Problem(("warmup_steps",), str(warmup), f"at most max_steps = {steps}", also=("max_steps",))
+    elif warmup + decay > steps:
+        yield _Problem(("decay_ratio",), f"{c.decay_ratio} after warmup_steps = {warmup}", f"both to fit in max_steps = {steps}",
                        also=("warmup_steps", "max_steps", "lr_scheduler_type"))
-    if c.early_stopping_patience and c.eval_steps is None:
-        yield _Problem(("early_stopping_patience",), f"{c.early_stopping_patience} without eval_steps", "eval_steps too", also=("eval_steps",))
+    if patience and c.eval_steps is None:
+        yield _Problem(("early_stopping_patience",), f"{patience} without eval_steps", "eval_steps too", also=("eval_steps",))
 
 # %% ../nbs/01_config.ipynb #data-rules
 def _data_rules(c: BaseModel) -> Iterator[_Problem]:
-    "A vocabulary that is learnt has a size; the model reads sequences and tokens as large as they come."
+    "A vocabulary that is learnt has a size; the model reads sequences as long as they come."
     size, shape = c.vocab_size, c.model
-    if c.vocab == "bpe" and size is None: yield _Problem(("vocab",), "bpe without vocab_size", "vocab_size too", "For example 1024.", ("vocab_size",))
-    if c.vocab == "byte" and size: yield _Problem(("vocab_size",), f"{size} with vocab = byte", "null, or vocab = bpe", "There are 256 bytes.", ("vocab",))
+    if c.vocab == "bpe" and size is None: yield _Problem(("vocab",), "bpe without vocab_size", "vocab_size too", also=("vocab_size",))
+    if c.vocab == "byte" and size:
+        yield _Problem(("vocab_size",), f"{size} with vocab = byte", "null, or vocab = bpe", "There are 256 bytes.", ("vocab",))
     if shape and c.block_size > shape.block_size:
         yield _Problem(("block_size",), str(c.block_size), f"at most model.block_size = {shape.block_size}", also=("model",))
-    if shape and size and size > shape.vocab_size:
-        yield _Problem(("vocab_size",), str(size), f"at most model.vocab_size = {shape.vocab_size}", also=("model",))
 
 # %% ../nbs/01_config.ipynb #training-config
 class TrainingConfig(_RunFields, _LearningFields):
@@ -614,15 +664,19 @@ class TrainingConfig(_RunFields, _LearningFields):
     quantization_mode: Literal["ptq", "qat"] | None = _field(
         None, "Quantize after training (ptq) or simulate it while training (qat); null: full precision", unit="name", example="qat")
     quantization_bits: _Bits = _field(8, "Bits of a quantized weight", unit="bits", example=4, aliases=("num_bits", "nbits"))
-    quantization_type: Literal["dynamic", "static"] = _field("dynamic", "Ranges of activations: measured on each token (dynamic) or calibrated (static)",
-                                                             unit="name", example="static")
-    quantization_group_size: _GroupSize | None = _field(None, "Weights of a row that share a scale, for 4 bits; -1: the row; null: adapts to each layer",
-                                                        unit="weights", range=_GROUPS, example=32, needs={"quantization_bits": 4})
-    quantization_skip_modules: _Names = _field((), "Modules to leave as they are, in addition to the defaults", unit="module names", range="names or globs",
-                                               example=["lm_head"], aliases=("modules_to_not_convert", "llm_int8_skip_modules"))
-    enable_quantized_finetuning: bool = _field(False, "Go on training a model whose weights are already quantized, and stay so", unit="switch", example=True)
-    model: ModelConfig | None = _field(None, "Shape of the model to train; null: the model is given, or the default one", unit="section",
-                                       example={"hidden_size": 384, "num_hidden_layers": 6})
+    quantization_type: Literal["dynamic", "static"] = _field(
+        "dynamic", "Ranges of activations: measured on each token (dynamic) or calibrated (static)", unit="name", example="static")
+    quantization_group_size: _GroupSize | None = _field(
+        None, "Weights of a row that share a scale, for 4 bits; -1: the row; null: adapts to each layer", unit="weights", range=_GROUPS,
+        example=32, needs={"quantization_bits": 4})
+    quantization_skip_modules: _Names = _field(
+        (), "Modules to leave as they are, in addition to the defaults", unit="module names", range="names or globs", example=["lm_head"],
+        aliases=("modules_to_not_convert", "llm_int8_skip_modules"))
+    enable_quantized_finetuning: bool = _field(
+        False, "Go on training a model whose weights are already quantized, and stay so", unit="switch", example=True)
+    model: ModelConfig | None = _field(
+        None, "Shape of the model to train; null: the model is given, or the default one", unit="section",
+        example={"hidden_size": 384, "num_hidden_layers": 6})
 
     def quantization(self) -> QuantizationConfig:  # with mode `ptq` where quantization_mode is None
         "Return what the quantization fields say, in the form that the verbs of quantization take."
@@ -644,7 +698,7 @@ def _override(kind: type, text: str) -> tuple[tuple, Any]:
     loc = _own_path(kind, tuple(key.split(".")))
     if value[0] in "[{\"'": return loc, _build(_yaml_events(value))[0]
     try: return loc, _core(value)
-    except ValueError as error: raise _Refusal(0, 0, str(error), "a value that can be read") from None
+    except ValueError as error: raise _Refusal(0, 0, str(error), "a value that Python can hold") from None
 
 # %% ../nbs/01_config.ipynb #assign
 def _assign(kind: type, tree: dict, loc: tuple, value: Any) -> None:
@@ -663,7 +717,8 @@ _SUFFIXES = "a .yaml, .yml or .json file"
 
 def _reason(error: Exception) -> str:
     "Say in plain words what the system refused."
-    known = {FileNotFoundError: "not found", NotADirectoryError: "not found", IsADirectoryError: "is a directory", PermissionError: "permission denied"}
+    known = {FileNotFoundError: "not found", NotADirectoryError: "not found", IsADirectoryError: "is a directory",
+             PermissionError: "permission denied"}
     return known.get(type(error)) or (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
 
 
@@ -722,10 +777,11 @@ def load_config(
     source, lines, problems = kind.__name__, {}, []
     if path is None or isinstance(path, Mapping): tree = {str(key): value for key, value in (path or {}).items()}
     elif isinstance(path, (str, os.PathLike)):
-        source = _short(str(path), 120)
+        source = _short(str(Path(path)), 120)
         tree, lines, problems = _open(Path(path), source)
     else: raise ConfigError(_line("load_config", _Problem((), _found(path), "a path or a mapping")))
     where = {_own_path(kind, loc): line for loc, line in lines.items()}
+    problems = [problem._replace(loc=_own_path(kind, problem.loc)) for problem in problems]
     report = _merge(kind, tree, where, overrides)
     try: config = kind(**tree)
     except ConfigError as error: problems += error._problems
@@ -762,21 +818,24 @@ def save_config(
 # %% ../nbs/01_config.ipynb #sections
 def _lora_rule(c: BaseModel) -> Iterator[_Problem]:
     "Adapters have somewhere to go."
-    if c.enabled and not c.target_modules: yield _Problem(("target_modules",), "no module", "at least one, or enabled: false", also=("enabled",))
+    if c.enabled and not c.target_modules:
+        yield _Problem(("target_modules",), "no module", "at least one, or enabled: false", also=("enabled",))
 
 
 class LoRAConfig(Config):
     "Low-rank adapters beside frozen weights."
     _rules = (_lora_rule,)
     enabled: bool = _field(True, "Use the adapters", unit="switch", example=False)  # a section that is written is meant
-    backend: Literal["auto", "manual", "peft"] = _field("auto", "Whose adapters: qtlm's own (manual) or peft's; auto: manual", unit="name", example="peft")
+    backend: Literal["auto", "manual", "peft"] = _field(
+        "auto", "Whose adapters: qtlm's own (manual, auto) or peft's", unit="name", example="peft")
     r: int = _field(8, "Rank of an adapter", unit="features", ge=1, le=1 << 16, example=16, aliases=("rank", "lora_r"))  # peft's default
     lora_alpha: float = _field(16.0, "The adapter counts lora_alpha / r", unit="factor", gt=0, le=1e6, example=32.0, aliases=("alpha",))
     lora_dropout: float = _field(0.0, "Share of the adapter's inputs dropped in training", unit="probability", ge=0, lt=1, example=0.1)
-    target_modules: _Names = _field(("query", "value"), "Linear layers that get an adapter", unit="module names", range="names or globs",
-                                    example=["query", "key", "value"])  # those of the LoRA paper
+    target_modules: _Names = _field(
+        ("query", "value"), "Linear layers that get an adapter", unit="module names", range="names or globs",
+        example=["query", "key", "value"])  # those of the LoRA paper
     exclude_modules: _Names = _field((), "Of those, the ones that get none", unit="module names", range="names or globs", example=["*.0.*"])
-    modules_to_save: _Names = _field(("classifier",), "Layers that are trained whole", unit="module names", range="names or globs", example=["head"])
+    modules_to_save: _Names = _field(("classifier",), "Layers trained whole", unit="module names", range="names or globs", example=["head"])
     use_rslora: bool = _field(False, "Divide by the root of r instead of r", unit="switch", example=True)
     use_dora: bool = _field(False, "Learn the length of each weight row apart from its direction", unit="switch", example=True)
 
@@ -791,17 +850,18 @@ class BackboneQuantizationConfig(Config):
     "A frozen backbone in 4 bits."
     _rules = (_backend_rule,)
     enabled: bool = _field(True, "Quantize the backbone", unit="switch", example=False)
-    backend: Literal["auto", "manual", "bitsandbytes"] = _field("auto", "Whose 4 bits: qtlm's own (manual) or bitsandbytes'; auto: manual", unit="name",
-                                                                example="bitsandbytes")
-    quant_type: Literal["nf4", "fp4", "int4"] = _field("nf4", "The 16 values of a code", unit="name", example="fp4",
-                                                       aliases=("bnb_4bit_quant_type",))  # fits normally distributed weights
-    blocksize: Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_check_whole)] = _field(
-        64, "Weights that share a scale", unit="weights", example=128)  # QLoRA's
+    backend: Literal["auto", "manual", "bitsandbytes"] = _field(
+        "auto", "Whose 4 bits: qtlm's own (manual, auto) or another's", unit="name", example="bitsandbytes")
+    quant_type: Literal["nf4", "fp4", "int4"] = _field(
+        "nf4", "The 16 values of a code", unit="name", example="fp4",
+        aliases=("bnb_4bit_quant_type",))  # fits normally distributed weights
+    blocksize: _Blocksize = _field(64, "Weights that share a scale", unit="weights", example=128)  # QLoRA's
     double_quant: bool = _field(False, "Quantize the scales too", unit="switch", example=True, aliases=("bnb_4bit_use_double_quant",))
-    compute_dtype: Literal["fp32", "bf16", "fp16"] = _field("fp32", "Numbers that weights are unpacked to", unit="name", example="bf16",
-                                                            aliases=("bnb_4bit_compute_dtype",))
-    skip_modules: _Names = _field((), "Modules to leave as they are, in addition to the defaults", unit="module names", range="names or globs",
-                                  example=["classifier"], aliases=("modules_to_not_convert", "llm_int8_skip_modules"))
+    compute_dtype: Literal["fp32", "bf16", "fp16"] = _field(
+        "fp32", "Numbers that weights are unpacked to", unit="name", example="bf16", aliases=("bnb_4bit_compute_dtype",))
+    skip_modules: _Names = _field(
+        (), "Modules to leave as they are, in addition to the defaults", unit="module names", range="names or globs",
+        example=["classifier"], aliases=("modules_to_not_convert", "llm_int8_skip_modules"))
 
 # %% ../nbs/01_config.ipynb #vit-config
 def _vit_rules(c: BaseModel) -> Iterator[_Problem]:
@@ -818,18 +878,22 @@ class ViTConfig(Config):
     "A vision transformer that classifies pictures, and how it is adapted."
     _rules = (_vit_rules,)
     backbone: Literal["vit"] = _field("vit", "Kind of model", unit="name", example="vit")  # the only one
-    image_size: int = _field(224, "Height and width of a picture; a multiple of patch_size", unit="pixels", ge=1, le=1 << 14, example=32)  # ViT-Base
+    image_size: int = _field(
+        224, "Height and width of a picture; a multiple of patch_size", unit="pixels", ge=1, le=1 << 14, example=32)  # ViT-Base
     patch_size: int = _field(16, "Height and width of a patch", unit="pixels", ge=1, le=1 << 14, example=4)
     num_channels: int = _field(3, "Colours of a picture", unit="channels", ge=1, le=1024, example=1)
-    hidden_size: int = _field(768, "Width of the residual stream; a multiple of num_attention_heads", unit="features", ge=1, le=1 << 17, example=384)
+    hidden_size: int = _field(
+        768, "Width of the residual stream; a multiple of num_attention_heads", unit="features", ge=1, le=1 << 17, example=384)
     num_hidden_layers: int = _field(12, "Transformer blocks, one after another", unit="blocks", ge=1, le=1024, example=4)
     num_attention_heads: int = _field(12, "Attention heads of a block", unit="heads", ge=1, le=1024, example=6)
     intermediate_size: int = _field(3072, "Width of the MLP", unit="features", ge=1, le=1 << 19, example=1536)
-    num_labels: int = _field(2, "Classes to tell apart", unit="classes", ge=1, le=1 << 20, example=10, aliases=("num_classes",))  # transformers'
+    num_labels: int = _field(
+        2, "Classes to tell apart", unit="classes", ge=1, le=1 << 20, example=10, aliases=("num_classes",))  # transformers'
     hidden_dropout_prob: float = _field(0.0, "Share of activations dropped in training", unit="probability", ge=0, lt=1, example=0.1)
     attention_probs_dropout_prob: float = _field(0.0, "Share of attention dropped in training", unit="probability", ge=0, lt=1, example=0.1)
     layer_norm_eps: float = _field(1e-12, "Added to the variance before the root", unit="squared activation", gt=0, le=0.1, example=1e-6)
     initializer_range: float = _field(0.02, "Standard deviation of initial weights", unit="weight", gt=0, le=1, example=0.01)
     qkv_bias: bool = _field(True, "Give query, key and value a bias", unit="switch", example=False)
     lora: LoRAConfig | None = _field(None, "Adapters; null: none, every weight is trained", unit="section", example={"r": 16})
-    quantization: BackboneQuantizationConfig | None = _field(None, "4-bit backbone; null: none", unit="section", example={"quant_type": "fp4"})
+    quantization: BackboneQuantizationConfig | None = _field(
+        None, "4-bit backbone; null: none", unit="section", example={"quant_type": "fp4"})

@@ -152,12 +152,14 @@ _MOST = 2**17  # columns: 2^17 * 127 * 127 is the last power of two below 2^31
 
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     "Return a @ b.t() of int8 matrices `[M, K]` and `[N, K]` as int32, exactly."
+    if a.shape[1] == 1:
+        return a.int() * b.int().t()
     if a.is_cuda:
         rows, columns, depth = max(17 - a.shape[0], 0), -b.shape[0] % 8, -a.shape[1] % 8
         product = torch._int_mm(F.pad(a, (0, depth, 0, rows)), F.pad(b, (0, depth, 0, columns)).t())
         return product[: a.shape[0], : b.shape[0]]
     if _EXACT:
-        return torch._int_mm(a, b.t())
+        return torch._int_mm(a.contiguous(), b.contiguous().t())
     parts = zip(a.split(1024, dim=1), b.split(1024, dim=1))
     return sum((p.float() @ q.float().t()).to(torch.int32) for p, q in parts)
 

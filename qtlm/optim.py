@@ -9,14 +9,15 @@ __all__ = ['configure_optimizer']
 import torch
 from torch import nn
 
+# %% ../nbs/07_optim.ipynb #trainable
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    "List the parameters that require gradients, with their names; a tied one once."
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
 # %% ../nbs/07_optim.ipynb #parameter-groups
-def _parameter_groups(
-    model: nn.Module,  # the parameters that require gradients are sorted
-    weight_decay: float,  # decay of the matrices, per step and unit of learning rate
-) -> list[dict]:  # at most two groups, `params`, their `names`, and `weight_decay` each
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     "Sort the trainable parameters of `model` into those with and those without weight decay."
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = []
+    named, groups = _trainable(model), []
     for decay, members in ((weight_decay, [n for n in named if n[1].ndim >= 2]), (0.0, [n for n in named if n[1].ndim < 2])):
         if members:
             names, params = zip(*members)

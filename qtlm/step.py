@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['split_batch', 'model_logits', 'split_rows', 'accumulate_gradients', 'learning_rate_factor', 'clip_gradients_',
-           'step_randomness', 'mean_loss', 'as_batches', 'micro_batches']
+           'step_randomness', 'evaluation_mode', 'mean_loss', 'is_batches', 'as_batches', 'micro_batches']
 
 # %% ../nbs/07a_step.ipynb #imports
 import contextlib
@@ -21,6 +21,11 @@ from .data import Batches, DataError, Tokens
 from .loss import compute_loss
 from .model import ModelInputError
 
+# %% ../nbs/07a_step.ipynb #shift-labels
+def _shift_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    "Move each label one to the left, so that it lies under the token it follows; the last place gets `ignore_index`."
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
+
 # %% ../nbs/07a_step.ipynb #split-batch
 def split_batch(
     batch: Any,  # `(inputs, targets)`, a LongTensor `[B, T+1]` to be shifted, or a dict with `labels`
@@ -32,9 +37,8 @@ def split_batch(
     if isinstance(batch, Mapping) and "labels" in batch:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels, ids = batch["labels"], inputs.get("input_ids")
-        if ids is not None and labels.shape == ids.shape:
-            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
-        return inputs, labels
+        shift = ids is not None and labels.shape == ids.shape
+        return inputs, _shift_labels(labels, ignore_index) if shift else labels
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
     found = f"{type(batch).__name__} of shape {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
@@ -78,6 +82,11 @@ def _to_device(value: Any, device: torch.device) -> Any:
         return {name: _to_device(v, device) for name, v in value.items()}
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
+# %% ../nbs/07a_step.ipynb #count-targets
+def _count_targets(targets: Tensor, ignore_index: int) -> int:
+    "Count the targets that the loss does not ignore."
+    return int((targets != ignore_index).sum())
+
 # %% ../nbs/07a_step.ipynb #accumulate
 def accumulate_gradients(
     model: nn.Module,  # its parameters' `.grad` are added to
@@ -89,22 +98,25 @@ def accumulate_gradients(
 ) -> tuple[float, int]:  # mean loss over all counted targets, and their number
     "Run forward and backward over `micro_batches` as if they were one batch."
     pairs = [split_batch(_to_device(b, device) if isinstance(b, (Tensor, Mapping)) else b, ignore_index) for b in micro_batches]
-    count = sum(int((targets != ignore_index).sum()) for _, targets in pairs)
+    count = sum(_count_targets(targets, ignore_index) for _, targets in pairs)
     if not count:
         raise DataError(f"batch: every target is {ignore_index}, which is ignored; expected one that counts.")
     total = 0.0
     for inputs, targets in pairs:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = model_logits(model, _to_device(inputs, device))
-        loss = compute_loss(
-            logits, _to_device(targets, device), ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
-        )
-        loss = loss / count
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "sum"}
+        loss = compute_loss(logits, _to_device(targets, device), **options) / count
         total += loss.item()
         if not math.isfinite(total):
             raise FloatingPointError("loss")
         loss.backward()
     return total, count
+
+# %% ../nbs/07a_step.ipynb #fall
+def _fall(kind: str, progress: float) -> float:
+    "Give how far down the way from the top to the bottom the rate is, after a share `progress` of it."
+    return {"constant": 0.0, "cosine": (1 - math.cos(math.pi * progress)) / 2}.get(kind, progress)
 
 # %% ../nbs/07a_step.ipynb #learning-rate-factor
 def learning_rate_factor(
@@ -120,8 +132,13 @@ def learning_rate_factor(
         return (step + 1) / warmup_steps
     start = max(warmup_steps, round(max_steps * (1 - decay_ratio))) if kind == "warmup_stable_decay" else warmup_steps
     progress = min(1.0, max(0.0, (step - start) / max(1, max_steps - start)))
-    fall = {"constant": 0.0, "cosine": (1 - math.cos(math.pi * progress)) / 2}.get(kind, progress)
-    return 1 - (1 - min_lr_ratio) * fall
+    return 1 - (1 - min_lr_ratio) * _fall(kind, progress)
+
+# %% ../nbs/07a_step.ipynb #worst-gradient
+def _not_finite(named: list[tuple[str, Tensor]]) -> str:
+    "Name the first parameter whose gradient is not finite, or all together where only their norm is not."
+    bad = next((name for name, p in named if not torch.isfinite(p.grad).all()), None)
+    return f"the gradient of {bad}" if bad else "the norm of all gradients together"
 
 # %% ../nbs/07a_step.ipynb #clip-gradients
 def clip_gradients_(
@@ -132,10 +149,8 @@ def clip_gradients_(
     named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for _, p in named])
     if not torch.isfinite(norm):
-        bad = next((name for name, p in named if not torch.isfinite(p.grad).all()), None)
-        raise FloatingPointError(f"the gradient of {bad}" if bad else "the norm of all gradients together")
-    if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_([p for _, p in named], max_norm, norm)
+        raise FloatingPointError(_not_finite(named))
+    torch.nn.utils.clip_grads_with_norm_([p for _, p in named], math.inf if max_norm is None else max_norm, norm)
     return norm.item()
 
 # %% ../nbs/07a_step.ipynb #step-randomness
@@ -147,8 +162,28 @@ def step_randomness(
 ) -> Iterator[None]:
     "Draw torch's random numbers inside from (`seed`, `step`) alone; the state outside is kept."
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # An odd multiplier (2**64 / golden ratio) spreads neighbouring seeds, so that (0, 1) and (1, 0) don't meet.
         torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
+        yield
+
+# %% ../nbs/07a_step.ipynb #modes-kept
+@contextlib.contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    "Give each module of `model` its training mode back in the end."
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+# %% ../nbs/07a_step.ipynb #evaluation-mode
+@contextlib.contextmanager
+def evaluation_mode(
+    model: nn.Module,  # any module
+) -> Iterator[None]:
+    "Switch `model` to evaluation without gradients; each of its modules gets its own mode back."
+    with _modes_kept(model), torch.no_grad():
+        model.eval()
         yield
 
 # %% ../nbs/07a_step.ipynb #mean-loss
@@ -161,22 +196,23 @@ def mean_loss(
     stop: Any = None,  # called before each batch; evaluation ends early where it returns true
 ) -> tuple[float, int]:  # mean loss in nats per counted target, and how many were counted
     "Average the loss of `model` over `batches`; raise `DataError` where no target counts."
-    modes = [(module, module.training) for module in model.modules()]
     total, count = 0.0, 0
-    try:
-        model.eval()
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            for batch in itertools.takewhile(lambda _: not (stop and stop()), batches):
-                inputs, targets = split_batch(batch, ignore_index)
-                logits, targets = model_logits(model, _to_device(inputs, device)), targets.to(device)
-                total += compute_loss(logits, targets, ignore_index=ignore_index, reduction="sum").item()
-                count += int((targets != ignore_index).sum())
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluation_mode(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        for batch in itertools.takewhile(lambda _: not (stop and stop()), batches):
+            inputs, targets = split_batch(batch, ignore_index)
+            logits, targets = model_logits(model, _to_device(inputs, device)), targets.to(device)
+            total += compute_loss(logits, targets, ignore_index=ignore_index, reduction="sum").item()
+            count += _count_targets(targets, ignore_index)
     if not count and not (stop and stop()):
         raise DataError("evaluation: no target counts; expected one batch at least with a target that is not ignored.")
     return total / max(count, 1), count
+
+# %% ../nbs/07a_step.ipynb #is-iterable
+def is_batches(
+    data: Any,  # what somebody passed as data
+) -> bool:  # whether one can iterate over it and might get batches
+    "Tell an iterable from what is one only by accident: text, and a single batch."
+    return isinstance(data, Iterable) and not isinstance(data, (str, bytes, Mapping, Tensor))
 
 # %% ../nbs/07a_step.ipynb #as-batches
 def as_batches(
@@ -188,7 +224,7 @@ def as_batches(
     "Turn tokens (`Tokens`, or a 1-D LongTensor) into `Batches` of `rows` rows; leave other iterables as they are."
     if isinstance(data, (Tensor, np.ndarray, Tokens)):
         return Batches(data if isinstance(data, Tokens) else Tokens(data), block_size, rows, seed=seed)
-    if isinstance(data, Iterable) and not isinstance(data, (str, bytes, Mapping)):
+    if is_batches(data):
         return data
     raise DataError(f"data: {type(data).__name__}; expected Tokens, a 1-D LongTensor of tokens, or an iterable of batches.")
 
@@ -203,6 +239,12 @@ def _endless(batches: Iterable) -> Iterator:
         if empty or iterator is batches:
             return
 
+# %% ../nbs/07a_step.ipynb #cycled
+def _cycled(batches: Sequence, start: int, accumulate: int) -> Iterator[list]:
+    "Yield windows of `accumulate` items of a sequence, from window `start` on, beginning anew at its end."
+    for step in itertools.count(start) if batches else ():
+        yield [batches[(step * accumulate + j) % len(batches)] for j in range(accumulate)]
+
 # %% ../nbs/07a_step.ipynb #micro-batches
 def micro_batches(
     batches: Any,  # `Batches`, a sequence, or another iterable of batches
@@ -213,10 +255,7 @@ def micro_batches(
     if isinstance(batches, Batches):
         yield from (split_rows(batches[step], accumulate) for step in itertools.count(start))
     elif isinstance(batches, Sequence):
-        if not batches:
-            return
-        for step in itertools.count(start):
-            yield [batches[(step * accumulate + j) % len(batches)] for j in range(accumulate)]
+        yield from _cycled(batches, start, accumulate)
     else:
         stream = itertools.islice(_endless(batches), start * accumulate, None)
         while window := list(itertools.islice(stream, accumulate)):

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import book
@@ -158,49 +159,59 @@ def test_chapters_have_numbers_of_their_own():
 
 # ---- 6: stored outputs are those of the code ----
 
+@dataclass
+class Run:
+    "What became of the notebooks in a copy of the tree."
+
+    failed: set  # names of the notebooks in which a cell raised
+    text: str  # what nbdev-test printed, tracebacks among it
+    stored: dict  # file name to notebook, as committed
+    fresh: dict  # file name to notebook, as run
+    written: list  # files that were not there before
+
+
+def tree_files(folder):
+    "Return the files below a folder, without what Python and Jupyter cache."
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts) and p.is_file()}
+
+
 @pytest.fixture(scope="session")
-def fresh(tmp_path_factory):
-    "All notebooks run once in a copy of the tree: the exit status, what was printed, and the folder with the new notebooks."
+def run(tmp_path_factory):
+    "All notebooks, run once by nbdev-test in a copy of the tree."
     scratch = tmp_path_factory.mktemp("run") / "tree"
     skip = shutil.ignore_patterns(".git", ".venv*", "venv", "_docs", "_proc", "*.egg-info", "__pycache__", ".pytest_cache", ".hypothesis", ".ruff_cache",
                                   ".ipynb_checkpoints", "checkpoints", "demo*", "runs", "build", "dist")
     shutil.copytree(ROOT, scratch, ignore=skip, symlinks=True)
+    before, stored = tree_files(scratch), {p.name: book.read(p) for p in book.chapters(scratch / "nbs")}
     command = [tool("nbdev-test"), "--save", "--n-workers", str(min(2, os.cpu_count() or 1))]
     done = subprocess.run(command, cwd=scratch, env=clean_environment(scratch.parent), capture_output=True, text=True, timeout=1800)
-    return done.returncode, re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr), scratch
-
-
-def failed_in(fresh):
-    "Return the names of the notebooks in which a cell raised, and the traceback's text."
-    status, text, _ = fresh
+    text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
     listed = re.search(r"nbdev Tests Failed On The Following Notebooks:\n=+\n(.*)", text, re.S)
-    return (set(re.findall(r"\S+\.ipynb", listed[1])) if listed else set() if status == 0 else {p.name for p in CHAPTERS}), text
+    failed = set(re.findall(r"\S+\.ipynb", listed[1])) if listed else set() if done.returncode == 0 else set(stored)
+    fresh = {name: book.read(scratch / "nbs" / name) for name in stored}
+    return Run(failed, text, stored, fresh, sorted(tree_files(scratch) - before))
 
 
 @each_notebook
-def test_notebook_runs(fresh, path):
+def test_notebook_runs(run, path):
     "Every cell of the notebook runs, so each of its assertions holds; it takes no longer than a reader waits."
-    failed, text = failed_in(fresh)
-    assert path.name not in failed, text[-6000:]
-    nb = book.read(fresh[2] / "nbs" / path.name)
-    seconds = sum(cell.get("metadata", {}).get("execution", {}).get("total", 0) for cell in nb["cells"])
-    assert seconds <= SECONDS, f"{path.name} took {seconds:.0f} s; the rule is 30 s on two cores"
+    assert path.name not in run.failed, run.text[-6000:]
+    seconds = sum(cell.get("metadata", {}).get("execution", {}).get("total", 0) for cell in run.fresh[path.name]["cells"])
+    assert 0 < seconds <= SECONDS, f"{path.name} took {seconds:.0f} s; the rule is 30 s on two cores"
 
 
 @each_notebook
-def test_stored_outputs_are_those_of_the_code(fresh, path):
+def test_stored_outputs_are_those_of_the_code(run, path):
     "A new run prints and draws what the page shows."
-    if path.name in failed_in(fresh)[0]:
+    if path.name in run.failed:
         pytest.fail("the notebook does not run")
-    stored, new = book.read(path), book.read(fresh[2] / "nbs" / path.name)
-    check(book.differing_outputs(stored, new) + book.differing_pictures(stored, new))
+    stored, fresh = run.stored[path.name], run.fresh[path.name]
+    check(book.differing_outputs(stored, fresh) + book.differing_pictures(stored, fresh))
 
 
-def test_notebooks_leave_nothing_behind(fresh):
+def test_notebooks_leave_nothing_behind(run):
     "Lessons write into temporary folders, not into the tree."
-    known = {p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if ".git" not in p.parts}
-    new = [p.relative_to(fresh[2]).as_posix() for p in fresh[2].rglob("*") if "__pycache__" not in p.parts]
-    assert not (extra := sorted(set(new) - known)), f"running the notebooks wrote {extra[:10]}; use tempfile.TemporaryDirectory"
+    assert not run.written, f"running the notebooks wrote {run.written[:10]}; use tempfile.TemporaryDirectory"
 
 
 # ---- 7: one README, one version, one table of names ----
@@ -443,6 +454,62 @@ def test_pictures_that_differ_are_found():
     large = picture(1, 2)
     large["cells"][5]["outputs"][0]["data"]["image/png"] = "A" * 60_000
     assert any("picture of 45000 bytes" in text for text in book.too_long(large))
+
+
+INDEX = '''
+%%% title md
+# Toy
+
+> See [the model](03_model.ipynb), [its picture](images/a.png), [home](https://x.org), [below](#use), [the licence](../LICENSE).
+%%% pictures
+#| hide
+import matplotlib
+%%% sum
+#| echo: true
+print("```")
+%%% end md
+## Use
+'''
+
+
+def test_readme_rendering():
+    "Links lead from the repository's root, hidden cells are left out, outputs are fenced, pictures become files."
+    nb = notebook(INDEX, sum="```\n")
+    nb["cells"][2]["outputs"] += picture(1, 2)["cells"][5]["outputs"]
+    files = readme_tool.render(nb)
+    assert list(files) == ["README.md", "docs/readme_sum.png"] and files["docs/readme_sum.png"].startswith(b"\x89PNG")
+    assert files["README.md"].decode() == f'''# Toy
+
+> See [the model](nbs/03_model.ipynb), [its picture](nbs/images/a.png), [home](https://x.org), [below](#use), [the licence](LICENSE).
+
+````python
+print("```")
+````
+
+````
+```
+````
+
+![sum](docs/readme_sum.png)
+
+## Use
+
+{readme_tool.NOTE}
+'''
+
+
+def test_a_stale_readme_is_found(tmp_path, monkeypatch):
+    "A README that is not what the index gives, and pictures that it no longer draws."
+    monkeypatch.setattr(readme_tool, "ROOT", tmp_path)
+    for folder in ("nbs", "docs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "nbs/index.ipynb").write_text(json.dumps(notebook(INDEX)))
+    (tmp_path / "docs/readme_old.png").write_bytes(b"old")
+    assert readme_tool.stale() == ["README.md", "docs/readme_old.png"]
+    readme_tool.write()
+    assert readme_tool.stale() == [] and not (tmp_path / "docs/readme_old.png").exists()
+    (tmp_path / "README.md").write_text("by hand")
+    assert readme_tool.stale() == ["README.md"]
 
 
 @pytest.mark.parametrize("code", [

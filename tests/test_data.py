@@ -178,7 +178,7 @@ def test_bad_bpe(change, bpe):
     one_line(error)
 
 
-@pytest.mark.parametrize("content", [b"", b"[", b'{"a": 0, "a": 1}', b"\xff\xfe", b"[" * 100_000, b"17", b"null", b'["a", NaN]', b"[" + b"9" * 5000 + b"]"])
+@pytest.mark.parametrize("content", [b"", b"[", b'{"a": 0, "b": 1, "a": 0}', b"\xff\xfe", b"[" * 100_000, b"17", b"null", b'["a", NaN]', b"[" + b"9" * 5000 + b"]"])
 def test_bad_vocab_file(content, tmp_path):
     (tmp_path / "v.json").write_bytes(content)
     with pytest.raises(VocabError, match="v.json") as error:
@@ -246,6 +246,17 @@ def test_stdlib_missing_or_partly_broken(tmp_path, monkeypatch):
         (root / name).write_bytes(content)
     assert sorted(stdlib_text().split("\n")) == sorted(["x = 1", "", "# coding: latin-1", "#ü", "", ""])[1:]
     assert stdlib_text() == load_text()
+
+
+def test_stdlib_order_mixes_folders_and_is_not_the_disk_s(tmp_path, monkeypatch):
+    names = [f"{folder}/{name}.py" for folder in "abcd" for name in "wxyz"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found, walk = data._stdlib_files(tmp_path), os.walk
+    assert sorted(found) == names and len({name[0] for name in found[:6]}) > 2
+    monkeypatch.setattr(os, "walk", lambda root: reversed(list(walk(root))))
+    assert data._stdlib_files(tmp_path) == found
 
 
 def test_load_text_paths(tmp_path, monkeypatch):
@@ -635,6 +646,7 @@ def test_identity():
     others = [Batches(tokens, 17, 4), Batches(tokens, 16, 5), Batches(tokens, 16, 4, 1), Batches(tokens, 16, 4, world_size=2),
               Batches(Tokens(tokens.ids, 257), 16, 4), Batches(tokens.split(0.01)[0], 16, 4)]
     assert len({b.digest for b in (same, *others)}) == 7
+    assert Tokens([1, 2], 300).digest != Tokens([1, 2], 301).digest != Tokens([2, 1], 301).digest
     assert Batches(tokens, 16, 4, rank=1, world_size=2).digest == others[3].digest
 
 
@@ -664,7 +676,7 @@ def test_bad_batch_number(i):
 
 # ---- training on the validation text ----
 
-@pytest.mark.parametrize("size", [256, 300, 70_000, 0x110000])
+@pytest.mark.parametrize("size", [2, 256, 300, 70_000, 0x110000])
 def test_overlap_is_seen(size):
     draw = torch.Generator().manual_seed(0)
     train, new = (Tokens(torch.randint(size, (5000,), generator=draw), size) for _ in range(2))

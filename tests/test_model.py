@@ -178,6 +178,14 @@ def test_tables_are_float32_unsaved_and_survive_moves():
     assert torch.equal(hollow.to_empty(device="cpu").rope_sin, sin)
 
 
+@pytest.mark.parametrize("theta", [10000.0, 500000.0, 123.0])
+def test_tables_are_those_of_llama_to_the_bit(theta):
+    model = small(block_size=4000, rope_theta=theta)
+    cos, sin = to_llama(model).model.rotary_emb(torch.zeros(1), torch.arange(4000)[None])
+    assert torch.equal(model.rope_cos, cos[0]) and torch.equal(model.rope_sin[:, 4:], sin[0, :, 4:])
+    assert torch.equal(model.rope_sin[:, :4], -sin[0, :, :4])
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_rms_norm_takes_its_mean_in_float32(scale):
     norm, x = RMSNorm(1000, eps=1e-5), scale * (1 + torch.randn(7, 1000)).bfloat16()
@@ -215,7 +223,7 @@ def test_autocast_casts_each_normed_stream_once():
 
 
 def test_compiles_to_one_graph():
-    model = small(num_key_value_heads=2)
+    model = small(num_key_value_heads=2, num_hidden_layers=1)
     ids = tokens(model, 2, 16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids), model(ids))
@@ -233,6 +241,10 @@ def test_dropout_acts_in_training_alone():
     once = model(ids)
     torch.manual_seed(5)
     assert torch.equal(once, model(ids))
+    for name, p in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            p.data.zero_()                                          # with nothing from the blocks, the embedding is still dropped
+    assert not torch.equal(model(ids), model.eval()(ids))
 
 
 def test_learns_a_sequence_by_heart():

@@ -206,9 +206,9 @@ def test_callbacks_are_called_in_order(tmp_path):
     assert events.seen == ["begin", 1, "step-0000000001", 2, metrics, "step-0000000002", "end"]
 
 
-def run(folder, seed=0, **more):
+def run(folder, init=0, **more):
     settings = {**QUIET, "max_steps": 12, "lr_scheduler_type": "cosine", "output_dir": str(folder), "save_steps": 1, **more}
-    return Trainer(tiny(seed, dropout=0.1), train_data=IDS, eval_data=IDS[:100], eval_steps=5, **settings)
+    return Trainer(tiny(init, dropout=0.1), train_data=IDS, eval_data=IDS[:100], eval_steps=5, **settings)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -217,7 +217,7 @@ def test_resume_at_every_step_is_the_same_run(tmp_path, dtype):
     whole.train()
     states = {k: v.clone() for k, v in whole.model.state_dict().items()}
     for step in range(1, 12):
-        part = run(tmp_path / f"from{step}", seed=step, dtype=dtype, gradient_accumulation_steps=2)
+        part = run(tmp_path / f"from{step}", init=step, dtype=dtype, gradient_accumulation_steps=2)
         torch.rand(step)  # junk draws must not matter
         part.train(resume_from_checkpoint=whole.run_dir / f"step-{step:010d}")
         assert part.history.losses == whole.history.losses and part.history.eval_losses == whole.history.eval_losses, step
