@@ -9,7 +9,7 @@ __all__ = ['EvaluationError', 'evaluate', 'ComparisonRow', 'Comparison', 'compar
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .data import Batches, DataError, SequentialBatches, Tokens
-from .generation import context_length, evaluation_mode
+from .generation import context_length
 from .loss import bits_per_byte, compute_loss
 from .quantization import get_quantization_info
-from .step import mean_loss, model_logits, split_batch
+from .step import evaluation_mode, mean_loss, model_logits, split_batch
 
 # %% ../nbs/12_evaluation.ipynb #bytes-of-targets
 def _bytes_of_targets(tokens: Tokens | Tensor) -> int | None:
@@ -77,13 +77,14 @@ def evaluate(
     *,
     batch_size: int = 16,  # windows a batch, where `data` is a text
     block_size: int | None = None,  # tokens a window; None: what `model.config` says, or 256
+    progress: Callable[[Iterable], Iterable] = iter,  # wraps the batches, to show how far they are: `tqdm`, for example
 ) -> dict: # loss (nats a token), perplexity, bits_per_byte (None: bytes unknown), tokens (targets that count), seconds, tokens_per_second
     "Measure the mean loss over all targets; the model, its mode and the random generators stay as they were."
     if not isinstance(model, nn.Module):
         raise EvaluationError(f"evaluate: model is a {type(model).__name__}; expected a torch.nn.Module")
     batches, n_bytes = _as_batches(data, batch_size, block_size or context_length(model))
     start = time.perf_counter()
-    loss, count = mean_loss(model, batches, _device_of(model))
+    loss, count = mean_loss(model, progress(batches), _device_of(model))
     return _summary(loss, count, n_bytes, time.perf_counter() - start)
 
 # %% ../nbs/12_evaluation.ipynb #divergence
@@ -267,6 +268,7 @@ def compare(
     block_size: int | None = None,  # tokens a window; None: the shortest that a model's config says, or 256
     repeats: int = 3,  # how often each model is timed; 0: not at all
     timed_batches: int = 8,  # how many of the first batches are timed
+    progress: Callable[[Iterable], Iterable] = iter,  # wraps the batches, to show how far they are: `tqdm`, for example
 ) -> Comparison:
     "Measure models on the same text: loss, size, agreement, speed; they stay as they were."
     reference = _check_models(models, reference)
@@ -279,7 +281,7 @@ def compare(
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(evaluation_mode(model))
-        sums, count = _score(models, reference, batches)
+        sums, count = _score(models, reference, progress(batches))
         speeds = _speeds(models, [batch for _, batch in zip(range(timed_batches), batches)], repeats)
     info = {name: get_quantization_info(model) for name, model in models.items()}
     rows = (_make_row(name, sums[name], count, n_bytes, info[name], info[reference].bytes, speeds[name]) for name in models)

@@ -173,6 +173,7 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        model.train(modes[0][1])  # a module's own `train` may do more than set the flag
         for module, training in modes:
             module.training = training
 
