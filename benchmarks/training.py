@@ -7,6 +7,7 @@ Both run forward, backward, clipping to a norm of 1 and a fused AdamW step on 8 
 """
 
 import argparse
+from functools import partial
 
 import torch
 from common import SHAPE, in_turn, random_ids, report, tiny_lm
@@ -74,7 +75,8 @@ def main() -> None:
             plain, ours = plain_step(llama_like(tiny_lm()), bf16, compiled), qtlm_step(bf16, compiled)
             first, second = plain(ids), ours(ids)
             assert abs(first - second) < 2e-2, (first, second)
-            rows = in_turn({"transformers Llama, plain loop": lambda: plain(ids), "qtlm": lambda: ours(ids)}, options.rounds)
+            calls = {"transformers Llama, plain loop": partial(plain, ids), "qtlm": partial(ours, ids)}
+            rows = in_turn(calls, options.rounds)
             for row in rows.values():
                 row["tokens_per_second"] = BATCH * LENGTH / row["seconds"]
             tables[f"{'bf16' if bf16 else 'float32'}, {'compiled' if compiled else 'eager'}"] = rows

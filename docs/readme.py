@@ -50,7 +50,8 @@ def render(nb: dict) -> dict[str, bytes]:
             parts.append(relink(source))
         elif cell["cell_type"] == "code" and not any(re.match(r"#\s*\|\s*(hide|default_exp|export)", line) for line in lines):
             code = "\n".join(line for line in lines if not re.match(r"#\s*\|", line))
-            parts.append(fence(code, "python"))
+            if not any(re.match(r"#\s*\|\s*echo:\s*false", line) for line in lines):
+                parts.append(fence(code, "python"))
             parts += [output_text(output, cell["id"], pictures) for output in cell["outputs"]]
     title, *rest = [part.strip() for part in parts if part.strip()]
     text = "\n\n".join([title, *rest, NOTE]) + "\n"

@@ -10,6 +10,7 @@ _HOME = {
     "bits_per_byte": "loss",
     "distillation_loss": "loss",
     "LossError": "loss",
+    "Config": "config",
     "ConfigError": "config",
     "LoRAConfig": "config",
     "ModelConfig": "config",
@@ -21,6 +22,7 @@ _HOME = {
     "BPEVocab": "data",
     "Batches": "data",
     "ByteVocab": "data",
+    "CharVocab": "data",
     "DataError": "data",
     "Tokens": "data",
     "load_text": "data",
@@ -31,18 +33,19 @@ _HOME = {
     "QuantEmbedding": "quantization",
     "QuantLinear": "quantization",
     "QuantizationError": "quantization",
+    "QuantizationInfo": "quantization",
     "QuantizationReport": "quantization",
     "dequantize_model": "quantization",
     "get_quantization_info": "quantization",
     "quantize_model_ptq": "quantization",
     "configure_optimizer": "optim",
     "Checkpoint": "checkpoint",
-    "CheckpointError": "checkpoint",
+    "CheckpointError": "storage",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
     "verify_checkpoint": "checkpoint",
-    "Callback": "trainer",
-    "History": "trainer",
+    "Callback": "history",
+    "History": "history",
     "NonFiniteLossError": "trainer",
     "Trainer": "trainer",
     "resume_training": "trainer",
@@ -52,7 +55,8 @@ _HOME = {
     "evaluate": "evaluation",
 }
 _MODULES = (
-    "checkpoint", "cli", "config", "data", "evaluation", "generation", "kernels", "loss", "model", "optim", "quantization", "trainer",
+    "checkpoint", "cli", "config", "data", "evaluation", "generation", "history", "kernels", "loss", "model", "optim", "quantization",
+    "step", "storage", "trainer",
 )  # fmt: skip
 __all__ = sorted(_HOME)
 
@@ -73,4 +77,49 @@ def __dir__():
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__; a test keeps it equal to _HOME
     from .checkpoint import Checkpoint as Checkpoint
-    from .checkpoint import CheckpointError as CheckpointError
+    from .checkpoint import load_checkpoint as load_checkpoint
+    from .checkpoint import save_checkpoint as save_checkpoint
+    from .checkpoint import verify_checkpoint as verify_checkpoint
+    from .config import Config as Config
+    from .config import ConfigError as ConfigError
+    from .config import LoRAConfig as LoRAConfig
+    from .config import ModelConfig as ModelConfig
+    from .config import QuantizationConfig as QuantizationConfig
+    from .config import TrainingConfig as TrainingConfig
+    from .config import ViTConfig as ViTConfig
+    from .config import load_config as load_config
+    from .config import save_config as save_config
+    from .data import BPEVocab as BPEVocab
+    from .data import Batches as Batches
+    from .data import ByteVocab as ByteVocab
+    from .data import CharVocab as CharVocab
+    from .data import DataError as DataError
+    from .data import Tokens as Tokens
+    from .data import load_text as load_text
+    from .data import load_vocab as load_vocab
+    from .data import stdlib_text as stdlib_text
+    from .evaluation import Comparison as Comparison
+    from .evaluation import compare as compare
+    from .evaluation import evaluate as evaluate
+    from .generation import generate as generate
+    from .history import Callback as Callback
+    from .history import History as History
+    from .loss import LossError as LossError
+    from .loss import bits_per_byte as bits_per_byte
+    from .loss import compute_loss as compute_loss
+    from .loss import distillation_loss as distillation_loss
+    from .model import ModelInputError as ModelInputError
+    from .model import TinyLM as TinyLM
+    from .optim import configure_optimizer as configure_optimizer
+    from .quantization import QuantEmbedding as QuantEmbedding
+    from .quantization import QuantLinear as QuantLinear
+    from .quantization import QuantizationError as QuantizationError
+    from .quantization import QuantizationInfo as QuantizationInfo
+    from .quantization import QuantizationReport as QuantizationReport
+    from .quantization import dequantize_model as dequantize_model
+    from .quantization import get_quantization_info as get_quantization_info
+    from .quantization import quantize_model_ptq as quantize_model_ptq
+    from .storage import CheckpointError as CheckpointError
+    from .trainer import NonFiniteLossError as NonFiniteLossError
+    from .trainer import Trainer as Trainer
+    from .trainer import resume_training as resume_training

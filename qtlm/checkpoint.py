@@ -42,10 +42,10 @@ from qtlm.storage import (  # noqa: F401  the errors are offered here as well
     StepFiles,
     check_pt,
     find_steps,
-    first_sound,
     from_json,
     from_pt,
     missing_file,
+    newest_sound,
     publish_step,
     read_file,
     read_step,
@@ -446,7 +446,7 @@ def load_checkpoint(
     def use(step_dir: Path):
         raw = read_step(step_dir)
         return _parse(raw) if expected_sha256 in (None, raw.digest) else raw  # what is not the pinned one is not even parsed
-    ckpt = _read_bare(path) if path.is_file() else first_sound(find_steps(path), use)
+    ckpt = _read_bare(path) if path.is_file() else newest_sound(path, use)
     if expected_sha256 not in (None, ckpt.digest):
         raise CheckpointUnsafeError(ckpt.path, f"digest {ckpt.digest}", expected_sha256, "This is not the checkpoint that was pinned.")
     if ckpt.digest is None:
@@ -459,9 +459,9 @@ def latest_checkpoint(
     run_dir: str | Path,  # a run's directory
 ) -> Path | None: # its newest step of which every byte is as written; None: no step was ever finished here
     "Return the directory that `load_checkpoint(run_dir)` would read. Raises where steps exist and none is sound: that is no fresh start."
-    try: paths = find_steps(_as_path(run_dir))
+    try: find_steps(run := _as_path(run_dir))
     except (CheckpointNotFoundError, CheckpointIncompleteError): return None
-    return first_sound(paths, read_step).path
+    return newest_sound(run, read_step).path
 
 # %% ../nbs/08_checkpoint.ipynb #verify-checkpoint
 @dataclass(frozen=True)

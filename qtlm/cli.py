@@ -8,7 +8,6 @@ __all__ = ['main']
 # %% ../nbs/14_cli.ipynb #imports
 import difflib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path

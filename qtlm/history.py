@@ -224,7 +224,7 @@ def _in_notebook() -> bool:
 class Progress(Callback):
     "Show steps, loss and tokens per second on stderr: a bar, or plain lines where stderr is a file."
 
-    def on_train_begin(self, trainer: "Trainer") -> None:
+    def on_train_begin(self, trainer: Any) -> None:
         self.start, self.first, self.total = time.perf_counter(), trainer.step, trainer.config.max_steps
         self.bar = None
         if sys.stderr.isatty() or _in_notebook():
@@ -232,7 +232,7 @@ class Progress(Callback):
                 from tqdm.auto import tqdm
             self.bar = tqdm(total=self.total, initial=self.first, desc="train", unit="step", dynamic_ncols=True, leave=True)
 
-    def on_step_end(self, trainer: "Trainer") -> None:
+    def on_step_end(self, trainer: Any) -> None:
         record = trainer.history.records[-1]
         shown = f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
         if self.bar is not None:
@@ -242,7 +242,7 @@ class Progress(Callback):
             seconds = time.perf_counter() - self.start
             print(f"train: step {trainer.step}/{self.total}, {shown}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
-    def on_train_end(self, trainer: "Trainer") -> None:
+    def on_train_end(self, trainer: Any) -> None:
         if self.bar is not None:
             self.bar.close()
 

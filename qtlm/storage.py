@@ -6,7 +6,7 @@
 __all__ = ['CheckpointError', 'CheckpointNotFoundError', 'CheckpointIncompleteError', 'CheckpointCorruptedError',
            'CheckpointVersionError', 'CheckpointMismatchError', 'CheckpointUnsafeError', 'CheckpointWriteError',
            'CheckpointBusyError', 'CheckpointWarning', 'missing_file', 'to_pt', 'to_json', 'from_json', 'StepFiles',
-           'read_file', 'read_step', 'find_steps', 'first_sound', 'publish_step', 'check_pt', 'from_pt']
+           'read_file', 'read_step', 'find_steps', 'newest_sound', 'publish_step', 'check_pt', 'from_pt']
 
 # %% ../nbs/07b_storage.ipynb #imports
 import errno
@@ -400,11 +400,8 @@ def find_steps(
     return sorted(paths, key=_is_sealed, reverse=True)
 
 # %% ../nbs/07b_storage.ipynb #first-sound
-def first_sound(
-    paths: list[Path],  # step directories, in the order to try them
-    use: Callable[[Path], Any],  # reads one; raises `CheckpointError` where it is not sound
-) -> Any: # what `use` returned
-    "Return `use(path)` of the first path where it succeeds, and warn of each one before that."
+def _first_sound(paths: list[Path], use: Callable[[Path], Any]):
+    "Return `use(path)` of the first path where it raises no `CheckpointError`, and warn of each one before that."
     problems = []
     for path in paths:
         try: value = use(path)
@@ -413,10 +410,22 @@ def first_sound(
             if len(paths) == 1: raise
             problems.append(e)
         else:
-            for e in problems: warnings.warn(CheckpointWarning(f"skipped {e}"), stacklevel=3)
+            for e in problems: warnings.warn(CheckpointWarning(f"skipped {e}"), stacklevel=4)
             return value
     reasons = "; ".join(f"{p.path.name}: {p.file or ''} {p.found}" for p in problems)
     raise CheckpointCorruptedError(paths[0].parent, f"{len(paths)} steps, none sound ({reasons})", "one", "Restore a copy.")
+
+# %% ../nbs/07b_storage.ipynb #newest-sound
+def newest_sound(
+    run: Path,  # a run, or a step itself
+    use: Callable[[Path], Any],  # reads a step directory; raises `CheckpointError` where it is not sound
+) -> Any: # what `use` returned
+    "Return `use(path)` of the newest step where it succeeds, and warn of each one skipped; start again if steps come and go meanwhile."
+    while True:
+        paths = find_steps(run)
+        try: return _first_sound(paths, use)
+        except CheckpointError:
+            if find_steps(run) == paths: raise
 
 # %% ../nbs/07b_storage.ipynb #point
 def _point(run: Path, hint: str, name: str) -> None:

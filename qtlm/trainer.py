@@ -221,23 +221,23 @@ def _begin(trainer: "Trainer", resume: bool | str | os.PathLike | None, kept: bo
     except OSError as error:
         raise CheckpointWriteError(run, error.strerror, "a directory that can be written", "Choose another output_dir.") from None
 
-# %% ../nbs/09_trainer.ipynb #after-step
-def _after_step(trainer: "Trainer", signals: Signals, last: bool) -> None:
-    "Evaluate and save where `eval_steps` and `save_steps` say so; evaluate after the last step, too."
-    config, step = trainer.config, trainer.step
-    if config.eval_steps and trainer.eval_data is not None and (step % config.eval_steps == 0 or last):
+# %% ../nbs/09_trainer.ipynb #evaluate-if-due
+def _evaluate_if_due(trainer: "Trainer", signals: Signals) -> None:
+    "Evaluate where `eval_steps` asks for it, and after the last step, unless that was done at this step already."
+    every, step = trainer.config.eval_steps, trainer.step
+    due = every and step and (step % every == 0 or step == trainer.config.max_steps) and trainer.eval_data is not None
+    if due and not any(r["step"] == step and "eval_loss" in r for r in trainer.history.records[-2:]):
         metrics = _evaluate(trainer, trainer.eval_data, lambda: signals.received)
         if not signals.received:
             trainer.history.log(step=step, **{f"eval_{name}": value for name, value in metrics.items()})
             _tell(trainer, "on_evaluate", metrics)
-    if config.save_steps and step % config.save_steps == 0:
-        _save(trainer, trainer.run_dir)
 
 # %% ../nbs/09_trainer.ipynb #loop
 def _loop(trainer: "Trainer", batches: Any, signals: Signals) -> None:
     "Take steps until there is a reason not to."
     config = trainer.config
     steps = micro_batches(batches, trainer.step, config.gradient_accumulation_steps)
+    _evaluate_if_due(trainer, signals)
     while trainer.step < config.max_steps and not trainer._stopped and not signals.received:
         pieces = next(steps, None)
         if pieces is None:
@@ -246,7 +246,9 @@ def _loop(trainer: "Trainer", batches: Any, signals: Signals) -> None:
             warnings.warn(f"train_data: ran out after {trainer.step} of {config.max_steps} steps.", stacklevel=2)
             return
         _training_step(trainer, pieces)
-        _after_step(trainer, signals, last=trainer.step == config.max_steps)
+        _evaluate_if_due(trainer, signals)
+        if config.save_steps and trainer.step % config.save_steps == 0:
+            _save(trainer, trainer.run_dir)
 
 # %% ../nbs/09_trainer.ipynb #train
 def _train(trainer: "Trainer", resume: bool | str | os.PathLike | None) -> History:

@@ -3,6 +3,7 @@
 
 The rules themselves are functions in `tests/book.py`. The notebooks run here once, in a copy of the tree, by `nbdev-test --save`.
 """
+import ast
 import configparser
 import importlib
 import json
@@ -526,3 +527,10 @@ def test_safe_calls_are_not_found():
     "What the package may do, `model.eval()` among it."
     code = "model.eval(); torch.load(f, weights_only=True); yaml.safe_load(f); yaml.load(f, Loader=_Loader); torch.compile(m); run(['ls'])"
     assert book.unsafe_calls(code) == []
+
+
+def test_what_type_checkers_see_is_what_is_there():
+    "The imports under TYPE_CHECKING in qtlm/__init__.py are those of its table of names."
+    tree = ast.parse((ROOT / "qtlm/__init__.py").read_text())
+    imports = {alias.asname: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level for alias in node.names}
+    assert imports == importlib.import_module("qtlm")._HOME
