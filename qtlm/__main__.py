@@ -1,5 +1,7 @@
 """`python -m qtlm` is `qtlm`."""
 
+import sys
+
 from qtlm.cli import main
 
-main()
+sys.exit(main())

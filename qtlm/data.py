@@ -23,6 +23,7 @@ import tokenize
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +49,26 @@ def _show(value: object) -> str:
     return text if len(text) <= 80 else text[:60] + "..." + text[-15:]
 
 
-def _positive(value: object, name: str, low: int | None = 1) -> None:
-    "Refuse what is not a whole number of at least `low`."
-    if type(value) is not int or (low is not None and value < low):
+def _whole(value: object, name: str, low: int | None = 1) -> int:
+    "Give a whole number of at least `low` as an int, NumPy's too; refuse anything else."
+    if isinstance(value, bool) or not isinstance(value, Integral) or (low is not None and value < low):
         raise DataError(f"{name} {_show(value)}; expected a whole number" + (f" of at least {low}" if low is not None else ""))
+    return int(value)
+
+
+def _usable_path(value: object, where: str, expected: str, error: type[DataError] = DataError) -> Path:
+    "Give a path as a Path; refuse what can name no file."
+    try:
+        name = b"" if isinstance(value, bytes) else os.fsencode(value)
+    except (TypeError, UnicodeError):
+        name = b""
+    if not name or 0 in name:
+        raise error(f"{where}: {_show(value)}; expected {expected}")
+    return Path(value)
 
 # %% ../nbs/02_data.ipynb #utf8
 def _utf8(text: str, where: str) -> bytes:
-    "Encode text as UTF-8, naming the character that cannot be."
+    "Encode text as UTF-8, naming the character that UTF-8 has no bytes for."
     if not isinstance(text, str):
         raise DataError(f"{where}: got {type(text).__name__} {_show(text)}; expected text (str)")
     try:
@@ -63,6 +76,17 @@ def _utf8(text: str, where: str) -> bytes:
     except UnicodeEncodeError as error:
         found = f"U+{ord(text[error.start]):04X} at position {error.start} is half of a surrogate pair"
         raise VocabError(f"{where}: {found}; expected characters that UTF-8 can hold") from None
+
+
+def _from_utf8(raw: bytes, errors: str) -> str:
+    "Decode the bytes that ids stand for, naming the byte that is part of no character."
+    try:
+        return raw.decode(errors=errors)
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start} (0x{raw[error.start]:02x}) is part of no whole character"
+        raise VocabError(f'decode: {found}; expected UTF-8. errors="replace" puts U+FFFD there') from None
+    except (LookupError, TypeError):
+        raise DataError(f"decode: errors {_show(errors)}; expected 'replace', 'strict' or another handler of bytes.decode") from None
 
 # %% ../nbs/02_data.ipynb #stdlib-files
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "__pycache__"}
@@ -82,7 +106,7 @@ def stdlib_text(
 ) -> str:  # whole files one after another; the last one is cut at `max_bytes`
     "Read the Python standard library's own source as text: the same for the same Python, and no download."
     if max_bytes is not None:
-        _positive(max_bytes, "stdlib_text: max_bytes")
+        max_bytes = _whole(max_bytes, "stdlib_text: max_bytes")
     root, parts, size = Path(sysconfig.get_path("stdlib")), [], 0
     for name in _stdlib_files(root):
         # An installation may lack or mangle single files; the text is a sample anyway.
@@ -104,11 +128,15 @@ def _find_files(source: str) -> list[Path]:
     "List the files that a path or glob names, sorted by name; of a folder, its text files that are not hidden."
     path = Path(source)
     if path.is_dir():
-        hidden = lambda p: any(part.startswith(".") or part == "__pycache__" for part in p.relative_to(path).parts)
-        files = [p for p in path.rglob("*") if p.suffix.lower() in _TEXT_SUFFIXES and not hidden(p)]
+        files = [p for p in path.rglob("*") if p.suffix.lower() in _TEXT_SUFFIXES and not _hidden(p.relative_to(path))]
     else:
         files = [path] if path.exists() else map(Path, glob.glob(source, recursive=True))
     return sorted((p for p in files if p.is_file()), key=lambda p: p.as_posix())
+
+
+def _hidden(path: Path) -> bool:
+    "Say whether a file, or a folder on the way to it, is one that listings leave out."
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
 def _no_files(source: str, expected: str, folder: str = "a folder") -> str:
@@ -116,6 +144,8 @@ def _no_files(source: str, expected: str, folder: str = "a folder") -> str:
     path = Path(source)
     if path.exists():
         return f"{folder if path.is_dir() else 'not a regular file'}; expected {expected}"
+    if path.is_symlink():
+        return f"a link that leads to no file; expected {expected}"
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [], 1)
     found = "no file matches" if glob.has_magic(source) else "no such file"
     return f"{found}; expected {expected}" + (f". Did you mean {_show(near[0])}?" if near else "")
@@ -130,7 +160,14 @@ def _decode(raw: bytes, where: str, errors: str) -> str:
     if bad < 0 or errors == "replace":
         return text.replace("\0", "\ufffd")
     found = f"byte {bad} is {'NUL' if raw[bad] == 0 else 'not UTF-8'} (0x{raw[bad]:02x})"
-    hint = "It looks like UTF-16: convert it with iconv" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else 'errors="replace" puts U+FFFD there'
+    if raw[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        hint = "It looks like UTF-32: convert it with iconv"
+    elif raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        hint = "It looks like UTF-16: convert it with iconv"
+    elif 0 in raw:
+        hint = "It looks like a binary file"
+    else:
+        hint = 'Convert it with iconv, or load_text(..., errors="replace") puts U+FFFD there'
     raise DataError(f"{where}: {found}; expected UTF-8 text. {hint}")
 
 # %% ../nbs/02_data.ipynb #load-text
@@ -142,13 +179,13 @@ def load_text(
     "Read text from a file, folder or glob, or take the standard library's; refuse what is missing, empty or not text."
     if source is None:
         return stdlib_text()
-    if not isinstance(source, (str, os.PathLike)) or not str(source) or "\0" in str(source):
-        raise DataError(f"load_text: {_show(source)}; expected the path of a text file, a folder or a glob")
+    _usable_path(source, "load_text", "the path of a text file, a folder or a glob")
     if errors not in ("strict", "replace"):
         raise DataError(f"load_text: errors {_show(errors)}; expected 'strict' or 'replace'")
     try:
         files = _find_files(os.path.expanduser(source))
-        problem = "" if files else _no_files(os.path.expanduser(source), "a text file, folder or glob", "a folder without .txt, .md, .py ... files")
+        name, without = os.path.expanduser(source), "a folder without .txt, .md, .py ... files"
+        problem = "" if files else _no_files(name, "a text file, folder or glob such as 'folder/*'", without)
         texts = [_decode(f.read_bytes(), _show(f), errors) for f in files]
     except OSError as error:
         raise DataError(f"{_show(error.filename or source)}: cannot be read ({error.strerror}); expected a readable text file") from None
@@ -224,15 +261,16 @@ class Vocab:
         errors: str = "replace",  # what to do with bytes that are not UTF-8, as in `bytes.decode`
     ) -> str:  # the text that the ids stand for
         "Turn ids into text: join their byte strings; half a character becomes U+FFFD."
-        return b"".join(map(self.pieces.__getitem__, _id_array(ids, len(self), "decode").tolist())).decode(errors=errors)
+        return _from_utf8(b"".join(self.pieces[i] for i in _id_array(ids, len(self), "decode").tolist()), errors)
 
     def save(
         self,
         path: str | Path,  # file to write; an older one is replaced
     ) -> None:
         "Write the vocabulary as JSON; `load_vocab` reads it."
+        path = _usable_path(path, "vocab.save", "a file name", VocabError)
         try:
-            _replace_file(Path(path), json.dumps(self.to_dict()).encode())
+            _replace_file(path, json.dumps(self.to_dict()).encode())
         except OSError as error:
             raise VocabError(f"{_show(path)}: cannot be written ({error.strerror}); expected a writable file name") from None
 
@@ -352,7 +390,9 @@ def _bpe_encoder(tokens: dict | None = None, merges: list | None = None) -> obje
 # %% ../nbs/02_data.ipynb #bpe-train
 def _train_bpe(text: str, vocab_size: int) -> tuple[dict, list]:
     "Learn tokens and merges from `text`; the library counts in parallel and breaks ties by order, so it always learns the same."
-    _positive(vocab_size, "BPEVocab: vocab_size", low=256)
+    vocab_size = _whole(vocab_size, "BPEVocab: vocab_size", low=256)
+    if vocab_size > _MAX_TOKENS:        # the library reserves memory for all of them at once, and ends the process where there is none
+        raise VocabError(f"BPEVocab: vocab_size {_show(vocab_size)}; expected at most {_MAX_TOKENS}")
     _utf8(text, "BPEVocab")
     encoder, options = _bpe_encoder(), {"vocab_size": vocab_size, "min_frequency": 2, "initial_alphabet": sorted(_byte_letters())}
     from tokenizers.trainers import BpeTrainer
@@ -422,6 +462,9 @@ _FIELDS = {"byte": (ByteVocab, []), "char": (CharVocab, ["tokens", "unknown"]), 
 
 def _vocab_from(source: object) -> Vocab:
     "Build the vocabulary that a JSON value describes."
+    if isinstance(source, dict) and isinstance(source.get("model"), dict):
+        raise VocabError("vocabulary: a tokenizer.json of Hugging Face's; expected a list of tokens, token to id, or what `save` wrote. "
+                         "BPEVocab(tokens, merges) takes its model's vocab and merges")
     if not isinstance(source, dict) or not isinstance(source.get("kind"), str):
         return CharVocab(source)
     fields = {name: value for name, value in source.items() if name not in ("kind", "version")}
@@ -456,8 +499,9 @@ def load_vocab(
     "Load a vocabulary."
     if not isinstance(source, (str, os.PathLike)):
         return source if isinstance(source, Vocab) else _vocab_from(source)
+    path = _usable_path(source, "load_vocab", "a vocabulary file (JSON)", VocabError)
     try:
-        return _vocab_from(_read_json(Path(source)))
+        return _vocab_from(_read_json(path))
     except VocabError as error:
         found = str(error)
     except OSError as error:
@@ -500,7 +544,7 @@ def _read_cache(path: Path, key: str, vocab_size: int) -> np.ndarray | None:
 def _cached_ids(text: str, vocab: Vocab, folder: str | Path | None) -> np.ndarray:
     "Map the file that holds a text's ids, or encode the text and keep it; without a usable folder, warn and do without."
     key, ids = hashlib.sha256(f"qtlm tokens 1 {vocab.digest}\n".encode() + _utf8(text, "Tokens")).hexdigest(), None
-    folder = Path(folder or os.environ.get("QTLM_CACHE") or "~/.cache/qtlm")
+    folder = _usable_path(folder or os.environ.get("QTLM_CACHE") or "~/.cache/qtlm", "Tokens: cache_dir", "a folder, False or None")
     try:
         path = folder.expanduser() / f"tokens-{key[:32]}.bin"
         if (found := _read_cache(path, key, len(vocab))) is not None:
@@ -523,10 +567,22 @@ def _cached_ids(text: str, vocab: Vocab, folder: str | Path | None) -> np.ndarra
 def _map_ids(path: Path, dtype: str) -> np.ndarray:
     "Map a file of ids that another program wrote: `.npy`, or bare numbers of one type."
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else np.memmap(path, dtype, "r")
-    except (OSError, TypeError, ValueError, EOFError) as error:
-        found = getattr(error, "strerror", None) or str(error).split("\n")[0][:120]
+        with open(path, "rb") as file:
+            start = file.read(6)
+        if start[:4] == b"PK\x03\x04":
+            raise ValueError("a zip archive, such as .npz or .pt")
+        if path.suffix == ".npy" and start != b"\x93NUMPY":
+            raise ValueError("no array in NumPy's format")
+        return np.load(path, mmap_mode="r", allow_pickle=False) if start == b"\x93NUMPY" else np.memmap(path, dtype, "r")
+    except (OSError, TypeError, ValueError, EOFError, OverflowError) as error:
+        found = getattr(error, "strerror", None) or str(error).split("\n")[0][:120].rstrip(".")
         raise DataError(f"{_show(path)}: {found}; expected a file of token ids, .npy or bare {_show(dtype)}") from None
+
+
+def _check_vocab(vocab: object) -> None:
+    "Refuse what is no vocabulary, such as its name."
+    if not isinstance(vocab, Vocab | None):
+        raise VocabError(f"Tokens: vocab {_show(vocab)}; expected a vocabulary, such as ByteVocab()")
 
 # %% ../nbs/02_data.ipynb #tokens
 class Tokens:
@@ -539,11 +595,13 @@ class Tokens:
         *,
         vocab: Vocab | None = None,  # what the ids stand for; None: unknown, and so is the number of bytes
     ):
+        _check_vocab(vocab)
         size = vocab_size if vocab is None else len(vocab)
         if vocab_size is not None:
-            _positive(vocab_size, "Tokens: vocab_size")
+            vocab_size = _whole(vocab_size, "Tokens: vocab_size")
             if vocab_size != size:
                 raise DataError(f"Tokens: vocab_size {vocab_size}; expected the vocabulary's {size}")
+            size = vocab_size
         self._array, self.vocab = _id_array(ids, size, "Tokens"), vocab
         self.vocab_size = size or int(self._array.max(initial=0)) + 1
 
@@ -556,6 +614,7 @@ class Tokens:
     ) -> "Tokens":
         "Encode a text, or find it encoded in the cache."
         vocab = ByteVocab() if vocab is None else vocab
+        _check_vocab(vocab)
         if isinstance(text, str) and not text:
             raise DataError("Tokens: the text is empty; expected at least one character")
         return cls(vocab._ids(text) if cache_dir is False else _cached_ids(text, vocab, cache_dir), vocab=vocab)
@@ -570,7 +629,9 @@ class Tokens:
         vocab: Vocab | None = None,  # as for `Tokens`
     ) -> "Tokens":
         "Map a file of ids; they are checked, and stay on disk."
-        array = _map_ids(Path(path), dtype)
+        path = _usable_path(path, "Tokens.from_file", "a file of token ids")
+        _check_vocab(vocab)
+        array = _map_ids(path, dtype)
         _check_range(_as_array(array, _show(path)), vocab_size or (2**31 if vocab is None else len(vocab)), _show(path))
         return cls(array, vocab_size, vocab=vocab)
 
@@ -596,25 +657,29 @@ class Tokens:
         "Count the bytes of text that ids stand for."
         if self.vocab is None:
             return None
+        flat = _as_array(ids.reshape(-1) if isinstance(ids, (Tensor, np.ndarray)) else ids, "bytes_of")
+        _check_range(flat, self.vocab_size, "bytes_of")     # -1 would be the last piece, and an ignored target no piece at all
         lengths = np.array([len(piece) for piece in self.vocab.pieces])
-        return sum(int(lengths[part].sum()) for part in _parts(np.asarray(ids).reshape(-1)))
+        return sum(int(lengths[part].sum()) for part in _parts(flat))
 
     def split(
         self,
         validation_fraction: float = 0.1,  # share of the ids that go to validation, from 0 to below 1
     ) -> tuple["Tokens", "Tokens"]:  # training, validation
         "Cut off the end for validation: text that comes after the training text, and is no part of it."
-        if type(validation_fraction) not in (int, float) or not 0 <= validation_fraction < 1:
+        number = isinstance(validation_fraction, Real) and not isinstance(validation_fraction, bool)
+        if not number or not 0 <= validation_fraction < 1:
             raise DataError(f"Tokens: validation_fraction {_show(validation_fraction)}; expected a number from 0 to below 1")
-        cut = len(self) - round(len(self) * validation_fraction)
+        cut = len(self) - round(len(self) * float(validation_fraction))
         return tuple(Tokens(part, self.vocab_size, vocab=self.vocab) for part in (self._array[:cut], self._array[cut:]))
 
 # %% ../nbs/02_data.ipynb #check-split
 def check_split(
-    train: Tokens,  # what a model learns from
-    validation: Tokens,  # what it is measured on
+    train: Tokens | Tensor | np.ndarray,  # what a model learns from
+    validation: Tokens | Tensor | np.ndarray,  # what it is measured on
 ) -> bool:  # False, with a `DataWarning`, if the validation text was trained on
     "Look for four stretches of validation text, evenly spaced, in the training text; if all are there, warn."
+    train, validation = (given if isinstance(given, Tokens) else Tokens(given) for given in (train, validation))
     if not len(validation) or max(train.vocab_size, validation.vocab_size) > 0x110000:
         return True
     # Ids as the characters of a string: `in` then finds a stretch fast, and only at whole ids.
@@ -662,7 +727,11 @@ def permute(
     epoch: int = 0,  # each epoch has an order of its own
 ) -> int:  # from 0 to `n - 1`, each for exactly one position
     "Look up one place in a random order of `n` things, without making the order (Feistel network, cycle walking)."
-    bits, keys = (n - 1).bit_length(), _round_keys(seed, epoch)
+    n = _whole(n, "permute: n")
+    position = _whole(position, "permute: position", 0)
+    if position >= n:       # no place of this order: the walk below might never come back
+        raise DataError(f"permute: position {position}; expected 0 to {n - 1}, as n is {n}")
+    bits, keys = (n - 1).bit_length(), _round_keys(_whole(seed, "permute: seed", None), _whole(epoch, "permute: epoch", 0))
     low = bits // 2
     while True:
         left, right = position >> low, position & (1 << low) - 1
@@ -692,13 +761,13 @@ class SequentialBatches:
     def __post_init__(self):
         self.tokens = self.tokens if isinstance(self.tokens, Tokens) else Tokens(self.tokens)
         for name in ("block_size", "batch_size"):
-            _positive(getattr(self, name), f"{type(self).__name__}: {name}")
+            setattr(self, name, _whole(getattr(self, name), f"{type(self).__name__}: {name}"))
         self.windows = _count_windows(self.tokens, self.block_size, type(self).__name__)
 
-    def __len__(self) -> int:
-        return math.ceil(self.windows / self.batch_size) + (self._rest > 0)
+    def __len__(self) -> int: return math.ceil(self.windows / self.batch_size) + (self._rest > 0)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        i = _whole(i, "SequentialBatches: batch", None)
         if not 0 <= i < len(self):
             raise IndexError(f"SequentialBatches: batch {i}; expected 0 to {len(self) - 1}")
         first, last = i * self.batch_size, min((i + 1) * self.batch_size, self.windows)
@@ -723,8 +792,8 @@ class Batches:
     def __post_init__(self):
         self.tokens = self.tokens if isinstance(self.tokens, Tokens) else Tokens(self.tokens)
         for name, low in {"block_size": 1, "batch_size": 1, "seed": None, "rank": 0, "world_size": 1}.items():
-            _positive(getattr(self, name), f"Batches: {name}", low)
-        _positive(self.world_size, f"Batches: rank {self.rank} of world_size", self.rank + 1)
+            setattr(self, name, _whole(getattr(self, name), f"Batches: {name}", low))
+        _whole(self.world_size, f"Batches: rank {self.rank} of world_size", self.rank + 1)
         self.windows = _count_windows(self.tokens, self.block_size, "Batches")
         self.steps_per_epoch = math.ceil(self.windows / (self.batch_size * self.world_size))
 
@@ -733,7 +802,7 @@ class Batches:
         i: int,  # number of the batch, from 0
     ) -> list[int]:  # `batch_size` positions in the text
         "Tell where the windows of batch `i` begin."
-        _positive(i, "Batches: batch", low=0)
+        i = _whole(i, "Batches: batch", low=0)
         first, spare = (i * self.world_size + self.rank) * self.batch_size, len(self.tokens) - 1 - self.windows * self.block_size
         return [_window_start(k, self.windows, self.block_size, spare, self.seed) for k in range(first, first + self.batch_size)]
 

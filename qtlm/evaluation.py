@@ -37,6 +37,8 @@ def _is_one_batch(data) -> bool:
 # %% ../nbs/12_evaluation.ipynb #as-batches
 def _as_batches(data, batch_size: int, block_size: int | None) -> tuple[Iterable, int | None]:
     "Return the batches in `data`, and how many bytes of text their targets stand for, where that is known."
+    if block_size is not None and (type(block_size) is not int or block_size < 1):
+        raise DataError(f"evaluate: block_size is {block_size!r}; expected a whole number of at least 1, or None")
     if isinstance(data, Batches):
         raise DataError("evaluate: Batches have no end; expected data that has one. Use Batches.sequential(tokens, block_size, batch_size)")
     if isinstance(data, (Tensor, np.ndarray)) and data.ndim == 1:
@@ -54,7 +56,7 @@ def _summary(loss: float, count: int, n_bytes: int | None, seconds: float) -> di
     "Return the figures that follow from the mean loss of `count` targets."
     return {
         "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,  # exp overflows at 709.8
+        "perplexity": math.inf if loss >= 700 else math.exp(loss),  # exp overflows at 709.8
         "bits_per_byte": None if n_bytes is None else bits_per_byte(loss, count, n_bytes),
         "tokens": count,
         "seconds": seconds,
@@ -82,7 +84,7 @@ def evaluate(
     "Measure the mean loss over all targets; the model, its mode and the random generators stay as they were."
     if not isinstance(model, nn.Module):
         raise EvaluationError(f"evaluate: model is a {type(model).__name__}; expected a torch.nn.Module")
-    batches, n_bytes = _as_batches(data, batch_size, block_size or context_length(model))
+    batches, n_bytes = _as_batches(data, batch_size, context_length(model) if block_size is None else block_size)
     start = time.perf_counter()
     loss, count = mean_loss(model, progress(batches), _device_of(model))
     return _summary(loss, count, n_bytes, time.perf_counter() - start)
@@ -97,7 +99,8 @@ def _divergence(logits: Tensor, reference: Tensor) -> Tensor:
 def _standard_error(total: float, squares: float, count: int) -> float:
     "Return the standard error of a mean, from the sum of `count` numbers and of their squares."
     variance = (squares - total**2 / count) / max(count - 1, 1)
-    return math.sqrt(max(0.0, variance) / count)
+    # In this order `max` passes NaN on.
+    return math.sqrt(max(variance, 0.0) / count)
 
 # %% ../nbs/12_evaluation.ipynb #compare-logits
 def _compare_logits(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
@@ -172,7 +175,7 @@ def _speeds(models: dict[str, nn.Module], batches: Iterable, repeats: int) -> di
 
 # %% ../nbs/12_evaluation.ipynb #columns
 _COLUMNS = {  # heading: text of the cell, or None where the figure is not known
-    "model": lambda r: r.name.replace("|", "\\|"),
+    "model": lambda r: " ".join(r.name.split()).replace("|", "\\|"),
     "bits/weight": lambda r: f"{r.bits_per_weight:.2f}",
     "bytes": lambda r: f"{r.bytes:,}",
     "times smaller": lambda r: f"{r.ratio:.2f}",
@@ -234,7 +237,7 @@ class Comparison:
 # %% ../nbs/12_evaluation.ipynb #check-models
 def _check_models(models, reference: str | None) -> str:
     "Return the reference's name, the first model's by default."
-    if not isinstance(models, dict) or not models or not all(isinstance(m, nn.Module) for m in models.values()):
+    if not isinstance(models, dict) or not models or not all(isinstance(k, str) and isinstance(m, nn.Module) for k, m in models.items()):
         found = f"{{{', '.join(f'{k!r}: {type(m).__name__}' for k, m in models.items())}}}" if isinstance(models, dict) else type(models).__name__
         raise EvaluationError(f"compare: models is {found[:150]}; expected a dict from names to modules, at least one")
     reference = next(iter(models)) if reference is None else reference
@@ -273,10 +276,10 @@ def compare(
     "Measure models on the same text: loss, size, agreement, speed; they stay as they were."
     reference = _check_models(models, reference)
     for name, value, least in (("repeats", repeats, 0), ("timed_batches", timed_batches, 1)):
-        if not isinstance(value, int) or value < least:
+        if type(value) is not int or value < least:
             raise EvaluationError(f"compare: {name} is {value!r}; expected an integer, {least} or more")
     lengths = [n for model in models.values() if (n := context_length(model))]
-    batches, n_bytes = _as_batches(data, batch_size, block_size or min(lengths, default=None))
+    batches, n_bytes = _as_batches(data, batch_size, min(lengths, default=None) if block_size is None else block_size)
     batches = batches if isinstance(batches, SequentialBatches) else list(batches)
     with ExitStack() as stack:
         for model in models.values():

@@ -9,6 +9,7 @@ __all__ = ['top_k_filter', 'top_p_filter', 'next_token_probabilities', 'context_
 import math
 from collections.abc import Sequence
 from itertools import chain
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +48,13 @@ def next_token_probabilities(
     top_p: float | None = None,  # keep the tokens that reach this probability, in (0, 1]; None: all
 ) -> Tensor: # float32 `[..., vocab_size]`, each row sums to 1
     "Return the distribution from which the next token is drawn."
-    logits = logits.float()
+    logits = logits.double()  # which holds every temperature that a float can be; float32 takes 1e-50 for 0
     if temperature == 0:
         temperature, top_k = 1.0, 1
     # The maximum goes first, so that a tiny temperature gives -inf and never inf.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
     scaled = scaled if top_k is None else top_k_filter(scaled, top_k)
-    return (scaled if top_p is None else top_p_filter(scaled, top_p)).softmax(-1)
+    return (scaled if top_p is None else top_p_filter(scaled, top_p)).softmax(-1).float()
 
 # %% ../nbs/10_generation.ipynb #draw
 def _draw(
@@ -94,19 +95,22 @@ def _prompt_ids(prompt, vocab, vocab_size) -> Tensor:
     return ids
 
 # %% ../nbs/10_generation.ipynb #is-number
-def _is_number(value, kind=(int, float)) -> bool:
-    "Tell whether `value` is a finite number; a bool is none."
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value, kind=Real) -> bool:
+    "Tell whether `value` is a finite number of this kind, numpy's among them; a bool is none."
+    try:
+        return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False  # a whole number beyond all floats
 
 # %% ../nbs/10_generation.ipynb #check-dials
 def _check_dials(max_new_tokens, temperature, top_k, top_p, block_size=None) -> None:
     "Refuse dials that mean nothing."
     for name, value, good, range_ in (
-        ("max_new_tokens", max_new_tokens, _is_number(max_new_tokens, int) and max_new_tokens >= 0, "an integer, 0 or more"),
+        ("max_new_tokens", max_new_tokens, _is_number(max_new_tokens, Integral) and max_new_tokens >= 0, "an integer, 0 or more"),
         ("temperature", temperature, _is_number(temperature) and temperature >= 0, "a finite number, 0 (greedy) or more"),
-        ("top_k", top_k, top_k is None or (_is_number(top_k, int) and top_k >= 1), "an integer, 1 or more, or None"),
+        ("top_k", top_k, top_k is None or (_is_number(top_k, Integral) and top_k >= 1), "an integer, 1 or more, or None"),
         ("top_p", top_p, top_p is None or (_is_number(top_p) and 0 < top_p <= 1), "a number in (0, 1], or None"),
-        ("block_size", block_size, block_size is None or (_is_number(block_size, int) and block_size >= 1), "an integer, 1 or more, or None"),
+        ("block_size", block_size, block_size is None or (_is_number(block_size, Integral) and block_size >= 1), "an integer, 1 or more, or None"),
     ):
         if not good:
             raise ModelInputError(f"generate: {name} is {value!r}; expected {range_}")
@@ -134,20 +138,23 @@ def _own_generator(seed: int | None, generator: torch.Generator | None) -> torch
     "Return the generator that was given, or a new one with the seed; without a seed the system gives one."
     if generator is not None and seed is not None:
         raise ModelInputError(f"generate: both seed={seed!r} and a generator; expected one of them")
-    if not (seed is None or (_is_number(seed, int) and 0 <= seed < 2**63)):
+    if not (seed is None or (_is_number(seed, Integral) and 0 <= seed < 2**63)):
         raise ModelInputError(f"generate: seed is {seed!r}; expected an integer, 0 or more, or None")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ModelInputError(f"generate: generator is a {type(generator).__name__}; expected a torch.Generator. A number goes into seed=")
     if generator is None:
         generator = torch.Generator()
-        generator.manual_seed(generator.seed() if seed is None else seed)
+        generator.manual_seed(generator.seed() if seed is None else int(seed))
     return generator
 
 # %% ../nbs/10_generation.ipynb #stop-ids
-def _stop_ids(stop_tokens: int | Sequence[int]) -> Tensor:
+def _stop_ids(stop_tokens: int | Sequence[int] | Tensor) -> Tensor:
     "Return stop tokens as ids `[n]`."
-    ids = [stop_tokens] if _is_number(stop_tokens, int) else stop_tokens
-    if isinstance(ids, str) or not (isinstance(ids, Sequence) and all(_is_number(i, int) for i in ids)):
-        raise ModelInputError(f"generate: stop_tokens is {stop_tokens!r}; expected ids, such as vocab.encode('.').tolist()")
-    return torch.tensor(list(ids), dtype=torch.int64)
+    ids = stop_tokens.tolist() if isinstance(stop_tokens, Tensor) else stop_tokens
+    ids = [ids] if _is_number(ids, Integral) else ids
+    if isinstance(ids, str) or not (isinstance(ids, Sequence) and all(_is_number(i, Integral) and 0 <= i < 2**63 for i in ids)):
+        raise ModelInputError(f"generate: stop_tokens is {str(stop_tokens)[:80]!r}; expected ids, such as vocab.encode('.')")
+    return torch.tensor([int(i) for i in ids], dtype=torch.int64)
 
 # %% ../nbs/10_generation.ipynb #generate
 def generate(
@@ -160,7 +167,7 @@ def generate(
     top_p: float | None = None,  # draw from the likeliest tokens that together reach this probability, in (0, 1]; None: from all
     seed: int | None = None,  # of a generator for this call; None: another text each time
     generator: torch.Generator | None = None,  # instead of a seed: the generator to go on drawing from
-    stop_tokens: int | Sequence[int] = (),  # ids that end a text; they are kept
+    stop_tokens: int | Sequence[int] | Tensor = (),  # ids that end a text; they are kept
     block_size: int | None = None,  # tokens that the model can look back on; None: what `model.config` says
     vocab=None,  # vocabulary that turns a prompt of text into ids
 ) -> Tensor: # ids int64 with the prompt in front, `[T+n]` or `[B, T+n]`, on the model's device

@@ -8,6 +8,7 @@ __all__ = ['LossError', 'compute_loss', 'bits_per_byte', 'distillation_loss']
 # %% ../nbs/00_loss.ipynb #imports
 import math
 from collections.abc import Iterator
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,24 @@ class LossError(ValueError):
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
+def _shape(x: Tensor) -> str:
+    "Say the shape of a tensor; of more dimensions than fit in a line, the first few."
+    return str(list(x.shape)) if x.dim() <= 8 else f"{list(x.shape[:4])} and {x.dim() - 4} more dimensions"
+
+def _check_kind(name: str, value: Tensor, kinds: tuple[torch.dtype, ...], expected: str) -> None:
+    "Raise `LossError` unless the value is a dense tensor of one of these dtypes."
+    if not isinstance(value, Tensor):
+        hint = " Pass its .logits." if hasattr(value, "logits") else ""
+        raise LossError(f"compute_loss: {name} is {type(value).__name__}; expected a Tensor.{hint}")
+    if value.is_nested or value.layout != torch.strided:
+        raise LossError(f"compute_loss: {name} is {'nested' if value.is_nested else value.layout}; expected a dense Tensor.")
+    if value.dtype not in kinds:
+        raise LossError(f"compute_loss: {name} {_shape(value)} is {value.dtype}; expected {expected}.")
+
 def _check_kinds(logits: Tensor, targets: Tensor) -> None:
     "Raise `LossError` unless these are tensors, the one of floats, the other of integers."
-    for name, value, kinds, want in (("logits", logits, _FLOATS, "a float dtype"), ("targets", targets, _INTEGERS, "integer class ids, such as int64")):
-        if not isinstance(value, Tensor):
-            raise LossError(f"compute_loss: {name} is {type(value).__name__}; expected a Tensor." + " Pass its .logits." * hasattr(value, "logits"))
-        if value.dtype not in kinds:
-            raise LossError(f"compute_loss: {name} {list(value.shape)} is {value.dtype}; expected {want}.")
+    _check_kind("logits", logits, _FLOATS, "a float dtype")
+    _check_kind("targets", targets, _INTEGERS, "integer class ids, such as int64")
 
 # %% ../nbs/00_loss.ipynb #shape-hint
 def _shape_hint(logits: torch.Size, targets: torch.Size) -> str:
@@ -36,12 +48,13 @@ def _shape_hint(logits: torch.Size, targets: torch.Size) -> str:
         return " The classes come last: logits.transpose(1, -1)."
     if len(logits) > 1 and len(logits) == len(targets) + 1 and logits[:-2] == targets[:-1] and abs(logits[-2] - targets[-1]) == 1:
         return " Shift: logits of tokens[:, :-1] against tokens[:, 1:]."
-    return " As many rows as targets: reshape one to fit the other." if logits[:-1].numel() == targets.numel() else ""
+    same_number = len(logits) > 0 and logits[:-1].numel() == targets.numel()
+    return " As many rows as targets: reshape one to fit the other." if same_number else ""
 
 # %% ../nbs/00_loss.ipynb #check-shapes
 def _check_shapes(logits: Tensor, targets: Tensor) -> None:
     "Raise `LossError` unless each row of `logits` has one target, on the same device."
-    found = f"compute_loss: logits {list(logits.shape)} on {logits.device} against targets {list(targets.shape)} on {targets.device}"
+    found = f"compute_loss: logits {_shape(logits)} on {logits.device} against targets {_shape(targets)} on {targets.device}"
     if logits.dim() == 0 or logits.shape[-1] == 0 or logits.shape[:-1] != targets.shape:
         raise LossError(f"{found}; expected [..., V] against [...].{_shape_hint(logits.shape, targets.shape)}")
     if logits.device != targets.device:
@@ -52,13 +65,15 @@ def _wrong_target(targets: Tensor, wrong: Tensor, classes: int, ignore_index: in
     "Return the error that names the first wrong target and where it stands."
     position = wrong.nonzero()[0].tolist()
     return LossError(
-        f"compute_loss: target {targets[tuple(position)].item()} at {position} of targets {list(targets.shape)} ({wrong.sum().item()} such); "
+        f"compute_loss: target {targets[tuple(position)].item()} at {str(position):.60} of targets {_shape(targets)} ({wrong.sum().item()} such); "
         f"expected 0 to {classes - 1}, the classes of the logits, or ignore_index {ignore_index}."
     )
 
 # %% ../nbs/00_loss.ipynb #count-targets
 def _count_targets(targets: Tensor, classes: int, ignore_index: int) -> int:
     "Return how many targets are not ignored; raise `LossError` at the first that names no class."
+    if targets.is_meta:     # shapes without values: there is nothing to look at
+        return targets.numel()
     low, high = torch.stack(targets.aminmax()).tolist() if targets.numel() else (0, 0)
     if 0 <= low and high < classes and not low <= ignore_index <= high:
         return targets.numel()
@@ -153,12 +168,14 @@ def _plain_loss(logits: Tensor, targets: Tensor, dtype: torch.dtype, reduction: 
     return loss.view(targets.shape) if reduction == "none" else loss
 
 # %% ../nbs/00_loss.ipynb #check-options
-def _check_options(reduction: str, label_smoothing: float) -> None:
+def _check_options(reduction: str, label_smoothing: float, ignore_index: int) -> None:
     "Raise `LossError` for an option that is not one."
-    if reduction not in ("mean", "sum", "none"):
-        raise LossError(f"compute_loss: reduction is {reduction!r}; expected 'mean', 'sum' or 'none'.")
-    if not 0 <= label_smoothing <= 1:
-        raise LossError(f"compute_loss: label_smoothing is {label_smoothing}; expected 0 to 1.")
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
+        raise LossError(f"compute_loss: reduction is {reduction!r:.60}; expected 'mean', 'sum' or 'none'.")
+    if not isinstance(label_smoothing, Real) or not 0 <= label_smoothing <= 1:
+        raise LossError(f"compute_loss: label_smoothing is {label_smoothing!r:.60}; expected 0 to 1.")
+    if not isinstance(ignore_index, Integral):
+        raise LossError(f"compute_loss: ignore_index is {ignore_index!r:.60}; expected an integer, such as -100 where nothing is ignored.")
 
 # %% ../nbs/00_loss.ipynb #compute-loss
 def compute_loss(
@@ -170,7 +187,7 @@ def compute_loss(
     reduction: str = "mean",  # "mean" over the targets that count, "sum", or "none": one loss a position
 ) -> Tensor:  # nats, float32 (float64 for float64 logits): a scalar, or the shape of `targets`
     "Return the cross-entropy of `targets` under `logits`; raise `LossError` where they do not fit."
-    _check_options(reduction, label_smoothing)
+    _check_options(reduction, label_smoothing, ignore_index)
     _check_kinds(logits, targets)
     _check_shapes(logits, targets)
     targets, dtype = targets.long(), torch.promote_types(logits.dtype, torch.float32)
@@ -179,7 +196,7 @@ def compute_loss(
         return _plain_loss(logits, targets, dtype, reduction, **options)
     count = _count_targets(targets, logits.shape[-1], ignore_index)
     if reduction == "mean" and not count:
-        raise LossError(f"compute_loss: no target of {list(targets.shape)} counts; expected one that is not ignore_index {ignore_index}.")
+        raise LossError(f"compute_loss: no target of {_shape(targets)} counts; expected one that is not ignore_index {ignore_index}.")
     if logits.numel() <= _SMALL:
         return _plain_loss(logits, targets, dtype, reduction, **options)
     ignored = targets == ignore_index
@@ -193,9 +210,13 @@ def bits_per_byte(
     bytes: int,  # bytes of the text that these tokens stand for, at least 1
 ) -> float:  # bits a byte; 8 is no compression
     "Return what a compressor driven by the model would write for each byte of text."
-    if tokens < 0 or bytes <= 0:
-        raise LossError(f"bits_per_byte: {tokens} tokens for {bytes} bytes; expected tokens >= 0 and bytes >= 1.")
-    return float(loss) * tokens / (bytes * math.log(2))
+    if not (isinstance(tokens, Real) and isinstance(bytes, Real) and tokens >= 0 and bytes > 0):
+        raise LossError(f"bits_per_byte: {tokens!r:.60} tokens for {bytes!r:.60} bytes; expected tokens >= 0 and bytes >= 1.")
+    try:
+        nats = float(loss.detach() if isinstance(loss, Tensor) else loss)
+    except (TypeError, ValueError, RuntimeError):
+        raise LossError(f"bits_per_byte: loss is {type(loss).__name__}; expected a number, the mean loss in nats a token.") from None
+    return nats * tokens / (bytes * math.log(2))
 
 # %% ../nbs/00_loss.ipynb #divergence
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -208,11 +229,16 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 # %% ../nbs/00_loss.ipynb #check-pair
 def _check_pair(student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
     "Raise `LossError` unless the two give scores to the same classes at the same positions, of which one counts."
-    of = f"distillation_loss: student {list(student.shape)} {student.dtype}"
+    for name, value in (("student_logits", student), ("teacher_logits", teacher), ("ignore_mask", mask)):
+        if not isinstance(value, Tensor) and not (name == "ignore_mask" and value is None):
+            raise LossError(f"distillation_loss: {name} is {type(value).__name__}; expected a Tensor.")
+    of = f"distillation_loss: student {_shape(student)} {student.dtype}"
+    if devices := {str(x.device) for x in (teacher, mask) if x is not None} - {str(student.device)}:
+        raise LossError(f"{of} on {student.device} against {', '.join(devices)}; expected one device. Move them with .to(student.device).")
     if student.shape != teacher.shape or not student.numel() or not student.dim() or {student.dtype, teacher.dtype} - set(_FLOATS):
-        raise LossError(f"{of} against teacher {list(teacher.shape)} {teacher.dtype}; expected the same [..., V], not empty, both float.")
+        raise LossError(f"{of} against teacher {_shape(teacher)} {teacher.dtype}; expected the same [..., V], not empty, both float.")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != student.shape[:-1]):
-        raise LossError(f"{of} with ignore_mask {list(mask.shape)} {mask.dtype}; expected {list(student.shape[:-1])} torch.bool.")
+        raise LossError(f"{of} with ignore_mask {_shape(mask)} {mask.dtype}; expected {list(student.shape[:-1])} torch.bool.")
     if mask is not None and not torch.compiler.is_compiling() and mask.all():
         raise LossError(f"{of}: ignore_mask leaves no position; expected one that is False.")
 
@@ -226,7 +252,7 @@ def distillation_loss(
 ) -> Tensor:  # scalar, nats times temperature squared; float32 (float64 for float64 logits)
     "Return the mean divergence of the student's distribution from the teacher's (Hinton et al. 2015)."
     _check_pair(student_logits, teacher_logits, ignore_mask)
-    if not 0 < temperature < math.inf:
-        raise LossError(f"distillation_loss: temperature is {temperature}; expected a number above 0.")
+    if not isinstance(temperature, Real) or not 0 < temperature < math.inf:
+        raise LossError(f"distillation_loss: temperature is {temperature!r:.60}; expected a number above 0.")
     cost = _divergence(student_logits, teacher_logits.detach(), temperature)
     return cost.mean() if ignore_mask is None else cost.masked_fill(ignore_mask, 0).sum() / (~ignore_mask).sum()

@@ -16,9 +16,10 @@ from .config import ModelConfig
 
 # %% ../nbs/03_model.ipynb #autocast
 def _autocast(x: Tensor) -> Tensor:
-    "Return `x` in the dtype that matrix products will want it in."
+    "Return `x` in the dtype that matrix products will want it in; autocast leaves float64 alone."
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if casts else x
 
 # %% ../nbs/03_model.ipynb #rms-norm
 class RMSNorm(nn.Module):
@@ -157,6 +158,7 @@ class ModelInputError(ValueError):
 # %% ../nbs/03_model.ipynb #input-hint
 def _input_hint(ids: Tensor, longest: int, device: torch.device) -> str | None:
     "Return what to do about the shape, type or place of `ids`; None where there is nothing wrong."
+    if ids.is_nested or ids.layout != torch.strided: return "It is not dense: ids.to_dense()."
     if ids.dtype not in (torch.int64, torch.int32): return "Ids are whole numbers: ids.long()."
     if ids.dim() != 2: return "One sequence is ids[None]." if ids.dim() == 1 else "The dimensions are batch and time."
     if not ids.numel(): return "It is empty."
@@ -168,8 +170,10 @@ def _check_input_ids(ids: Tensor, config: ModelConfig, device: torch.device) -> 
     "Raise `ModelInputError` unless `ids` are token ids `[B, T]`, in range, not longer than the block, on `device`."
     want = f"expected int64 or int32 token ids [B, T] with 1 <= T <= {config.block_size} on {device}"
     if not isinstance(ids, Tensor):
-        raise ModelInputError(f"TinyLM: input_ids is {type(ids).__name__}; {want}. Make it a tensor: torch.tensor([ids]).")
-    found = f"TinyLM: input_ids {list(ids.shape)} {ids.dtype} on {ids.device}"
+        hint = " Pass its 'input_ids'." if isinstance(ids, dict) else " Make it a tensor: torch.tensor([ids])." if isinstance(ids, (list, tuple)) else ""
+        raise ModelInputError(f"TinyLM: input_ids is {type(ids).__name__}; {want}.{hint}")
+    shape = "nested" if ids.is_nested else list(ids.shape) if ids.dim() <= 8 else f"of {ids.dim()} dimensions"
+    found = f"TinyLM: input_ids {shape} {ids.dtype} on {ids.device}"
     if hint := _input_hint(ids, config.block_size, device):
         raise ModelInputError(f"{found}; {want}. {hint}")
     if not torch.compiler.is_compiling():       # while a graph is traced, values are not known
@@ -199,6 +203,32 @@ def _llama_fields(config: ModelConfig) -> dict:
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     return fields | tokens | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
+# %% ../nbs/03_model.ipynb #tied
+def _is_tied(model: nn.Module) -> bool:
+    "Say whether the head's weight is the embedding's, as one tensor."
+    return getattr(model.lm_head, "weight", None) is getattr(model.model.embed_tokens, "weight", model)
+
+def _check_tied(model: nn.Module, weights: dict, prefix: str, _, strict: bool, *rest) -> None:
+    "Before weights are loaded: give the head its name where a file leaves it out; raise `ModelInputError` where it cannot be had."
+    head, embedding = (weights.get(prefix + name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if not isinstance(getattr(model.lm_head, "weight", None), nn.Parameter) or embedding is None:
+        return      # quantized, or part of a model: not for us to judge
+    if head is None and model.config.tie_word_embeddings:
+        weights[prefix + "lm_head.weight"] = embedding
+    elif head is None and strict:
+        raise ModelInputError("TinyLM: no lm_head.weight; expected one, as tie_word_embeddings is False. The file is a tied model's: build one.")
+    elif head is not None and _is_tied(model) and not torch.equal(head, embedding):
+        raise ModelInputError("TinyLM: lm_head.weight differs from model.embed_tokens.weight; expected one, as tie_word_embeddings is True. "
+                              "Load an untied file into TinyLM(tie_word_embeddings=False).")
+
+def _restore_tie(model: nn.Module, _) -> None:
+    "After weights were loaded: one tensor again under both names, and tables where the weights are."
+    head, embedding = (getattr(layer, "weight", None) for layer in (model.lm_head, model.model.embed_tokens))
+    if model.config.tie_word_embeddings and isinstance(head, nn.Parameter) and isinstance(embedding, nn.Parameter):
+        model.lm_head.weight = embedding
+    if model.rope_cos.device != model.model.norm.weight.device:
+        model._make_tables()
+
 # %% ../nbs/03_model.ipynb #tiny-lm
 class TinyLM(nn.Module):
     "A decoder-only language model, weight-compatible with Hugging Face's `LlamaForCausalLM`."
@@ -213,6 +243,8 @@ class TinyLM(nn.Module):
         super().__init__()
         if not isinstance(config, ModelConfig | None):
             raise ModelInputError(f"TinyLM: config is {type(config).__name__}; expected a ModelConfig. Fields are keywords: TinyLM(**fields).")
+        if not isinstance(generator, torch.Generator | None):
+            raise ModelInputError(f"TinyLM: generator is {type(generator).__name__}; expected a torch.Generator, such as torch.Generator().manual_seed(0).")
         self.config = config = config.replace(**fields) if config else ModelConfig(**fields)
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -225,6 +257,8 @@ class TinyLM(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self._make_tables()
         _init_weights_(self, config, generator)
+        self.register_load_state_dict_pre_hook(_check_tied)
+        self.register_load_state_dict_post_hook(_restore_tie)
 
     def forward(
         self,
@@ -254,7 +288,7 @@ class TinyLM(nn.Module):
             self.register_buffer(name, table.to(self.model.norm.weight.device), persistent=False)
 
     def _apply(self, fn, recurse=True):     # what .to(), .cuda(), .bfloat16() and .to_empty() go through
-        tied = getattr(self.lm_head, "weight", None) is getattr(self.model.embed_tokens, "weight", self)
+        tied = _is_tied(self)
         super()._apply(fn, recurse)
         if tied:
             self.lm_head.weight = self.model.embed_tokens.weight

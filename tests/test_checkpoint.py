@@ -631,6 +631,15 @@ def test_saving_what_was_loaded_gives_the_same_bytes(room, weight_bits):
     if weight_bits: assert get_quantization_info(second).bits == weight_bits and torch.equal(second(torch.arange(8)[None]), model(torch.arange(8)[None]))
 
 
+def test_equal_states_give_equal_bytes():
+    "Whether two equal strings are one object, two tensors views of one, is no part of a state."
+    key, text = "".join(["exp_", "avg"]), "".join(["a ", "name"])
+    base = torch.arange(1000.0)
+    one = [{"exp_avg": "a name"}, {"exp_avg": "a name"}, base[:3], base[1:2]]
+    two = [{key: text}, {"exp_avg": "a name"}, base[:3].clone(), torch.ones(1)]
+    assert key is not one[0] and storage.to_pt(one) == storage.to_pt(two) and len(storage.to_pt(one)) < 2000
+
+
 def test_loading_twice_and_reading_do_not_draw_random_numbers(room):
     save_checkpoint(lm(), path=room)
     before = torch.get_rng_state()
@@ -703,6 +712,27 @@ def test_optimizers(room, kind):
             model(torch.ones(2, 8)).square().sum().backward()
             optimizer.step()
     assert bits(a, opt_a) == bits(b, opt_b) and opt_b.param_groups[0]["lr"] == 0.125
+
+
+def test_moments_keep_their_dtype(room):
+    "torch casts what it loads to the parameter's dtype; a float32 moment of a bfloat16 weight stays float32, to the bit."
+    model = nn.Linear(4, 4, dtype=torch.bfloat16)
+    optimizer, other = torch.optim.AdamW(model.parameters()), torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    for state in optimizer.state.values(): state["exp_avg"] = state["exp_avg"].float() + 1.23456789
+    load_checkpoint(save_checkpoint(model, optimizer, path=room), model, other)
+    for p, state in optimizer.state.items():
+        assert other.state[p]["exp_avg"].dtype == torch.float32 and torch.equal(other.state[p]["exp_avg"], state["exp_avg"])
+
+
+def test_the_first_misfit_is_named(room):
+    "By its name, dtype and shape, before anything is loaded."
+    step_dir = save_checkpoint(net(), path=room)
+    for model, said in ((nn.Sequential(nn.Linear(8, 15), nn.ReLU(), nn.Linear(15, 4)), r"0.weight is torch.float32 \[16, 8\]; expected .* \[15, 8\]"),
+                        (net().double(), "0.weight is torch.float32 .*; expected torch.float64"), (nn.Linear(8, 16), "lacks weight, bias"),
+                        (nn.Sequential(nn.Linear(8, 16)), "has besides 2.weight, 2.bias")):
+        with pytest.raises(CheckpointMismatchError, match=said): load_checkpoint(step_dir, model)
 
 
 def test_configs_and_vocabularies_of_any_kind(room):
@@ -887,7 +917,8 @@ def test_older_and_plainer_things(room):
     (room / "x.safetensors").write_bytes(b"\xff" * 20)
     with pytest.raises(CheckpointCorruptedError): load_checkpoint(room / "x.safetensors", net())
     old = room / "run/step-0000000009"  # in a run, what is sealed comes first
-    shutil.copytree(bare, old)
+    old.mkdir(parents=True)
+    torch.save(model.state_dict(), old / "model.pt")
     save_checkpoint(net(), step=3, path=room / "run")
     assert load_checkpoint(room / "run", net()).step == 3
 

@@ -319,3 +319,41 @@ def test_models_of_different_windows(ids):
     long.register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
     compare({"long": long, "short": short}, ids, repeats=0)
     assert max(seen) == 5
+
+
+@pytest.mark.parametrize("block_size", [0, -1, "8", 2.5, True])
+def test_a_window_that_is_no_length_is_refused(model, ids, block_size):
+    "0 is not None: it must not silently become the model's own length."
+    for measure in (evaluate, lambda m, *a, **k: compare({"m": m}, *a, repeats=0, **k)):
+        with pytest.raises(DataError, match="block_size is .*; expected a whole number"):
+            measure(model, ids, block_size=block_size)
+
+
+def test_a_broken_model_s_figures_are_not_numbers(model, ids):
+    broken = make()
+    broken.model["norm"].weight.data.fill_(float("nan"))
+    figures = evaluate(broken, ids)
+    assert math.isnan(figures["loss"]) and math.isnan(figures["perplexity"])
+    row = compare({"good": model, "broken": broken}, ids, repeats=0).rows[1]
+    assert all(map(math.isnan, (row.loss, row.delta_loss, row.delta_error, row.perplexity, row.kl)))
+
+
+def test_names_must_be_text_and_stay_in_their_cell(model, ids):
+    with pytest.raises(EvaluationError, match="names to modules"):
+        compare({1: model}, ids, repeats=0)
+    with pytest.raises(EvaluationError, match="repeats is True"):
+        compare({"m": model}, ids, repeats=True)
+    table = compare({"a|b\n  c": model}, ids, repeats=0).to_markdown()
+    assert len(table.splitlines()) == 3 and r"| a\|b c |" in table
+
+
+def test_models_with_windows_of_different_length_are_held_to_the_shortest(model, ids):
+    torch.manual_seed(1)
+    longer = TinyLM(SHAPE, block_size=24)
+    both = compare({"long": longer, "short": model}, ids, repeats=0)
+    for row, m in zip(both.rows, (longer, model)):
+        assert row.loss == pytest.approx(evaluate(m, ids, block_size=16)["loss"], rel=1e-6)
+    batches = list(Batches.sequential(Tokens(ids), 16, 7))  # the last one is ragged
+    again = compare({"long": longer, "short": model}, (batch for batch in batches), repeats=1)
+    assert [r.loss for r in again.rows] == pytest.approx([r.loss for r in both.rows], rel=1e-6) and again.tokens == 300
+    assert again.rows[0].tokens_per_second > 0

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -296,3 +297,33 @@ def test_an_id_that_the_model_cannot_look_up():
     "A model that does not say how large its vocabulary is: the embedding's IndexError becomes an error of this package."
     with pytest.raises(ModelInputError, match="cannot look up ids up to 77"):
         generate(nn.Embedding(VOCAB, VOCAB), [77], 1)
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"temperature": 10**400}, "temperature is 1000"), ({"temperature": np.float32("inf")}, "temperature is .*inf"), ({"generator": 5}, "generator is a int; expected a torch.Generator"),
+    ({"stop_tokens": [10**30]}, "stop_tokens"), ({"stop_tokens": -1}, "stop_tokens"), ({"stop_tokens": torch.tensor([0.5])}, "stop_tokens"),
+])  # fmt: skip
+def test_numbers_that_torch_would_stumble_over_are_refused_in_one_line(model, change, match):
+    with pytest.raises(ModelInputError, match=match):
+        generate(model, [1], 2, **change)
+
+
+def test_numpy_s_numbers_are_numbers(model):
+    a = generate(model, [1], np.int64(4), top_k=np.int32(3), top_p=np.float32(0.5), temperature=np.float64(2.0), seed=np.int64(3), stop_tokens=np.int64(49))
+    assert torch.equal(a, generate(model, [1], 4, top_k=3, top_p=0.5, temperature=2.0, seed=3, stop_tokens=torch.tensor([49])))
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-46, 1e-40, 1e40, 1e300])
+def test_any_temperature_that_a_float_holds_gives_odds(temperature):
+    "float32 takes 1e-46 for 0 and 1e40 for infinity; 0/0 and inf/inf are no odds."
+    odds = next_token_probabilities(torch.tensor([1.0, 3.0, -math.inf, 3.0, 2.0]), temperature=temperature)
+    want = [0, 0.5, 0, 0.5, 0] if temperature < 1 else [0.25, 0.25, 0, 0.25, 0.25]
+    assert odds.tolist() == want and odds.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_model_s_text_is_its_own_greedy_choice(model, bits):
+    small = quantize_model_ptq(model, bits=bits)
+    out = generate(small, ids(2, 3), 12, temperature=0)
+    small.eval()
+    assert all(torch.equal(out[:, t], small(out[:, max(0, t - 8) : t])[:, -1].argmax(-1)) for t in range(3, 15))

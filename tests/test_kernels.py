@@ -193,6 +193,19 @@ def test_a_row_is_the_same_in_any_batch(dtype):
         assert torch.equal(layer(x[:, ::3]), y[:, ::3]) and layer(x[:, :0]).shape == (2, 0, 48)
 
 
+@pytest.mark.parametrize("width, out", [(64, 32), (7, 5), (1, 3), (130, 1)])
+def test_a_row_alone_is_the_row_among_513(width, out):
+    "Bit for bit, wherever it stands: the matrix product takes other paths for one row and for many."
+    x, w = normal(0, 513, width), normal(1, out, width)
+    codes, scale = quantize_rows(w)
+    c4, s4, b4 = quantize_groups(w, -1)
+    for layer in (lambda x: int8_linear(x, codes, scale), lambda x: int4_linear(x, pack_int4(c4), s4, b4, -1)):
+        y = layer(x)
+        for i in (0, 1, 15, 16, 17, 255, 256, 511, 512):
+            assert torch.equal(layer(x[i : i + 1])[0], y[i]) and torch.equal(layer(x[i]), y[i])
+        assert torch.equal(layer(x.flip(0)), y.flip(0)) and torch.equal(layer(x.t().contiguous().t()), y)
+
+
 def test_a_token_that_is_not_finite_is_nan_and_alone():
     x, w = torch.randn(4, 16), torch.randn(8, 16)
     x[1, 3], x[2, 0] = float("inf"), float("nan")

@@ -214,6 +214,85 @@ def test_four_bit_embeddings_on_request():
     assert torch.equal(quantized[0](ids), F.embedding(ids, quantized[0].dequantize()))
 
 
+class Keeper(nn.Module):
+    "A model that refers to its layer in ways that the tree of modules does not show."
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 8)
+        self.plain_list, self.method = [self.layer], self.layer.forward
+
+    def forward(self, x):
+        return self.plain_list[0](x) + self.layer(x) + self.method(x)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_in_place_reaches_every_reference_to_a_layer(bits):
+    "No float layer may go on computing in the dark."
+    model, x = Keeper(), torch.randn(3, 16)
+    copied, layer = quantize_model_ptq(model, bits=bits), model.layer
+    assert quantize_model_ptq(model, bits=bits, inplace=True) is model
+    assert model.layer is layer is model.plain_list[0] and type(layer) is QuantLinear and "weight" not in vars(layer)["_parameters"]
+    layer.codes.zero_(), copied.layer.codes.zero_()
+    for m in (model, copied):
+        if bits == 8:
+            assert torch.equal(m.plain_list[0](x), m.layer.bias.expand(3, 8))
+        assert torch.equal(m.plain_list[0](x), m.layer(x)) and torch.allclose(m.method(x), m.layer(x), atol=0.05 * m.layer(x).abs().max().item())
+    dequantize_model(model, inplace=True)
+    assert model.layer is layer and type(layer) is nn.Linear and torch.equal(model.plain_list[0](x), layer(x))
+
+
+def test_a_bare_layer_turns_in_place_and_back():
+    for layer in (nn.Linear(6, 3), nn.Embedding(5, 4)):
+        kind, old = type(layer), layer.weight.detach().clone()
+        assert quantize_model_ptq(layer, inplace=True) is layer and type(layer) in (QuantLinear, QuantEmbedding)
+        assert dequantize_model(layer, inplace=True) is layer and type(layer) is kind
+        assert (layer.weight - old).abs().max() <= old.abs().max() / 127
+
+
+def test_quantizing_inside_inference_mode_gives_tensors_that_train():
+    model = mlp(16, 8, 4)
+    with torch.inference_mode():
+        quantized = quantize_model_ptq(model)
+        plain = dequantize_model(quantized)
+    x = torch.randn(2, 16, requires_grad=True)
+    for m in (quantized, plain):
+        m(x).sum().backward()
+    assert not any(t.is_inference() for m in (quantized, plain) for t in (*m.parameters(), *m.buffers()))
+    assert x.grad.abs().sum() > 0 and plain[0].weight.grad is not None
+
+
+def test_ties_are_seen_after_a_load_that_assigns():
+    "load_state_dict(assign=True) gives two tensor objects over one memory: still one matrix, in the account and on the way back."
+    model = nn.ModuleDict({"embed": nn.Embedding(20, 16), "head": nn.Linear(16, 20, bias=False)})
+    model["head"].weight = model["embed"].weight
+    quantized, file = quantize_model_ptq(model), io.BytesIO()
+    want = get_quantization_info(quantized).to_dict()
+    torch.save(quantized.state_dict(), file)
+    file.seek(0)
+    quantized.load_state_dict(torch.load(file, weights_only=True), assign=True)
+    assert quantized["head"].codes is not quantized["embed"].codes
+    assert get_quantization_info(quantized).to_dict() == want and want["layers"]["head"]["tied_to"] == "embed"
+    plain = dequantize_model(quantized)
+    assert plain["head"].weight is plain["embed"].weight
+
+
+def test_decibels_of_huge_and_tiny_rows_are_numbers():
+    for size in (3e38, 1e-30, 1e-42):
+        layer = nn.Linear(16, 4)
+        layer.weight.data = torch.randn(4, 16).clamp(-1, 1) * size
+        for bits in (8, 4):
+            row = get_quantization_info(quantize_model_ptq(layer, bits=bits)).layers[""]
+            assert math.isfinite(row.sqnr) and row.sqnr > (15 if size > 1e-38 else -1)  # below float32's normal numbers all rounds to 0
+
+
+def test_functional_transforms_go_through():
+    model, x = quantize_model_ptq(mlp(16, 8, 4)), torch.randn(5, 16)
+    assert torch.equal(torch.func.vmap(model)(x), model(x))
+    weights = (model[2].weight @ (model[0].weight * (model[0](x[0]) > 0)[:, None])).detach()
+    assert torch.allclose(torch.func.jacrev(model)(x[0]), weights, atol=1e-5)
+
+
 # ---- left alone ----
 
 def test_layers_that_are_not_safe_to_replace_are_left_with_the_reason():
@@ -234,6 +313,41 @@ def test_layers_that_are_not_safe_to_replace_are_left_with_the_reason():
     assert "computed from other" in info.left_alone["pruned"].reason and "max_norm" in info.left_alone["renorm"].reason
     assert all(row.reason and row.bits is None and row.bytes == row.bytes_before for row in info.left_alone.values())
     assert info.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_weights_that_are_no_plain_floats_are_left_to_their_owners():
+    "Whole numbers, complex ones, sparse ones, and classes with rules of their own (as other quantizers put them into nn.Linear)."
+    class Special(torch.Tensor):
+        pass
+
+    def layer(weight):
+        linear = nn.Linear(4, 4)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        return linear
+
+    ones = torch.eye(4)
+    model = nn.ModuleDict({"plain": nn.Linear(4, 4), "int": layer(ones.int()), "complex": layer(ones.to(torch.complex64)),
+                           "sparse": layer(ones.to_sparse()), "eight": layer(ones.to(torch.float8_e4m3fn)), "special": layer(ones.as_subclass(Special))})  # fmt: skip
+    info = get_quantization_info(quantize_model_ptq(model, inplace=True))  # deepcopy itself refuses sparse parameters
+    assert set(info.layers) == {"plain"} and {row.reason for row in info.left_alone.values()} == {"its weight is not a plain float tensor"}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("bits, most", [(8, 0.03), (4, 0.2)])
+def test_the_encoder_s_fast_path_computes_with_the_same_weights(nested, norm_first, bits, most):
+    "In evaluation without gradients torch reads linear1.weight and linear2.weight and never calls the layers; masks and nested tensors too."
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
+    quantized, x = quantize_model_ptq(model, bits=bits), torch.randn(2, 5, 32)
+    assert set(get_quantization_info(quantized).layers) == {f"layers.{i}.linear{k}" for i in (0, 1) for k in (1, 2)}
+    padding, causal = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]), torch.ones(5, 5).triu(1).bool()
+    for grad in (True, False):
+        for masks in ({}, {"src_key_padding_mask": padding}, {"mask": causal}):
+            with torch.set_grad_enabled(grad):
+                a, b = quantized(x, **masks)[0], model(x, **masks)[0]
+            assert (a - b).norm() < most * b.norm()
 
 
 def test_attention_and_transformer_layers_still_compute():
@@ -318,9 +432,18 @@ def test_models_that_cannot_be_quantized_are_refused():
     ]:  # fmt: skip
         with pytest.raises(QuantizationError, match=match):
             quantize_model_ptq(model)
-    with pytest.raises(QuantizationError, match="in place"):
-        quantize_model_ptq(nn.Linear(3, 3), inplace=True)
     assert type(quantize_model_ptq(nn.Linear(3, 3))) is QuantLinear
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_compiled_part_of_a_model_is_refused(inplace):
+    "Its graph holds on to the float layer: in place, it would go on computing with weights that the state dict no longer has."
+    model = nn.ModuleDict({"fast": torch.compile(nn.Linear(4, 4), backend="eager"), "slow": nn.Linear(4, 4)})
+    before = snapshot(model)
+    with pytest.raises(QuantizationError, match="^fast: found a compiled OptimizedModule.*compile after"):
+        quantize_model_ptq(model, inplace=inplace)
+    assert_unchanged(model, before)
+    assert set(get_quantization_info(model).left_alone) == {"fast._orig_mod", "slow"}  # looking is allowed
 
 
 def test_a_model_that_cannot_be_copied_is_quantized_in_place():
@@ -522,6 +645,33 @@ def test_transformers_models_quantize_compute_and_come_back():
                 rebuilt = restore_quantization(copy.deepcopy(model), quantization_metadata(quantized))
                 rebuilt.load_state_dict(quantized.state_dict())
                 assert torch.equal(rebuilt(input_ids=ids).logits, out)
+
+
+def test_what_is_not_nn_linear_is_reported_by_its_class():
+    "GPT-2's blocks are made of Conv1D: they stay, and the account says so; its embeddings and its tied head are quantized."
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=40, n_positions=16, bos_token_id=0, eos_token_id=0)
+    info = get_quantization_info(quantize_model_ptq(transformers.GPT2LMHeadModel(config), bits=4))
+    assert set(info.layers) == {"transformer.wte", "transformer.wpe", "lm_head"} and info.layers["lm_head"].tied_to == "transformer.wte"
+    assert len(info.left_alone) == 4 and all("Conv1D is not nn.Linear" in row.reason and row.kind == "Conv1D" for row in info.left_alone.values())
+
+
+def test_images_and_encoder_decoders():
+    "A vision transformer (patches by convolution) and T5 (one embedding under three names)."
+    transformers = pytest.importorskip("transformers")
+    vit = transformers.ViTForImageClassification(transformers.ViTConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=8, num_labels=10))  # fmt: skip
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2, vocab_size=99, decoder_start_token_id=0))  # fmt: skip
+    ids = torch.arange(18).reshape(2, 9)
+    for model, batch in [(vit.eval(), {"pixel_values": torch.randn(2, 3, 32, 32)}), (t5.eval(), {"input_ids": ids, "decoder_input_ids": ids})]:
+        for bits, most in ((8, 0.05), (4, 0.35)):
+            quantized = quantize_model_ptq(model, bits=bits)
+            assert quantized.dtype == torch.float32 and quantized.device.type == "cpu"
+            with torch.no_grad():
+                out, want = quantized(**batch).logits, model(**batch).logits
+                assert (out - want).norm() < most * want.norm()
+                assert (dequantize_model(quantized)(**batch).logits - out).norm() < 0.05 * out.norm()
 
 
 @pytest.mark.slow
