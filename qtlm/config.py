@@ -77,11 +77,15 @@ def _lines(lines: list[str], limit: int = 20) -> list[str]:
     return [*lines[:limit - 1], *(more or lines[limit - 1:limit])]
 
 # %% ../nbs/01_config.ipynb #core-tables
-_CONSTANTS = {word: value for value, words in {
-    None: "null Null NULL ~", True: "true True TRUE", False: "false False FALSE", math.inf: ".inf .Inf", -math.inf: "-.inf -.Inf",
-}.items() for word in words.split()} | {"": None, ".nan": math.nan, ".NaN": math.nan, ".NAN": math.nan}
-_INTEGER = re.compile(r"[-+]?[0-9]+")
-_BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
+_CONSTANTS = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys((".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF"), math.inf),
+    **dict.fromkeys(("-.inf", "-.Inf", "-.INF"), -math.inf),
+    **dict.fromkeys((".nan", ".NaN", ".NAN"), math.nan),
+}
+_INTEGER, _BASED = re.compile(r"[-+]?[0-9]+"), re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 # %% ../nbs/01_config.ipynb #core-scalar
@@ -113,6 +117,7 @@ class _Loader(yaml.SafeLoader):
 def _forbidden(event: yaml.Event, documents: int) -> str:
     "Name what stands for something else than it shows, or return nothing."
     if documents > 1: return "a second document"
+    if getattr(event, "version", None) not in (None, (1, 2)) or getattr(event, "tags", None): return "a directive, a line that begins with %"
     if isinstance(event, yaml.AliasEvent): return f"the alias *{_short(event.anchor)}"
     if getattr(event, "anchor", None): return f"the anchor &{_short(event.anchor)}"
     if getattr(event, "tag", None): return f"the tag {_short(event.tag)}"
@@ -135,8 +140,9 @@ def _yaml_events(text: str) -> Iterator[tuple]:
             elif isinstance(event, yaml.SequenceStartEvent): yield "[", None, line, column
             elif isinstance(event, yaml.CollectionEndEvent): yield _END
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise _Refusal(mark.line + 1, mark.column + 1, _short(error.problem or error.context, 120), "YAML") from None
+        mark, began = error.problem_mark or error.context_mark, ""
+        if error.context and error.context_mark: began = f", {error.context} that began at line {error.context_mark.line + 1}"
+        raise _Refusal(mark.line + 1, mark.column + 1, _short(f"{error.problem or error.context}{began}", 140), "YAML") from None
     except yaml.reader.ReaderError as error:
         line, column = text.count("\n", 0, error.position) + 1, error.position - text.rfind("\n", 0, error.position)
         raise _Refusal(line, column, f"the character U+{error.character:04X}", "printable text") from None
@@ -249,6 +255,12 @@ def _to_path(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def _plain(value: Any) -> Any:
+    "Return NumPy's scalars and arrays as numbers and lists, and a mapping with texts for keys; anything else as it is."
+    if isinstance(value, Mapping): return {str(key): item for key, item in value.items()}
+    return value.tolist() if hasattr(value, "tolist") and hasattr(value, "ndim") else value
+
+
 def _check_device(device: str) -> str:
     "Refuse what names no device of torch's."
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", device): raise ValueError
@@ -357,16 +369,16 @@ def _near_name(kind: type, name: str) -> str:
     return f"Did you mean {close[0]}?" if close else ""
 
 # %% ../nbs/01_config.ipynb #hint
-def _hint(info: Any, value: Any) -> str:
+def _hint(info: Any, value: Any, item: bool = False) -> str:
     "Say what the writer of a wrong value may have meant."
     kind, text = _kind(info.annotation)[0], isinstance(value, str) and len(value) < 100
-    close = text and difflib.get_close_matches(value, [v for v in get_args(kind) if isinstance(v, str)], 1)
-    if close: return f"Did you mean {close[0]}?"
+    names = [option for option in get_args(kind) if isinstance(option, str)]
+    if text and (close := difflib.get_close_matches(value.lower(), names, 1)): return f"Did you mean {close[0]}?"
     if value is None: return f"Leave it out for the default, {_write(info.default)}."
     if kind is str: return "Put it in quotes." if isinstance(value, (bool, int, float)) else ""
+    if get_origin(kind) is tuple and not item: return f"Write [{_short(value)}], in brackets." if text and value.strip() else ""
     if text: return "Write it without quotes." if isinstance(_core(value), (int, float)) else ""
-    whole = isinstance(value, float) and value.is_integer() and (kind is int or get_origin(kind) is Literal)
-    return f"Write {value:.0f}, without the point." if whole else ""
+    return f"Write {value:.0f}, without the point." if isinstance(value, float) and value.is_integer() and kind is not float else ""
 
 # %% ../nbs/01_config.ipynb #rename
 def _rename(kind: type, fields: Mapping) -> tuple[dict, list[_Problem]]:
@@ -377,16 +389,18 @@ def _rename(kind: type, fields: Mapping) -> tuple[dict, list[_Problem]]:
         hint = _near_name(kind, key) if name is None and len(problems) < 20 else ""  # looking for a thousand names would take its time
         if name is None: problems.append(_Problem((key,), "unknown", f"a field of {kind.__name__}", hint))
         elif name in given: problems.append(_Problem((name,), f"given twice, as {given[name]} and as {key}", "one of the two"))
-        else: result[name], given[name] = {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value, key
+        else: result[name], given[name] = _plain(value), key
     return result, problems
 
 # %% ../nbs/01_config.ipynb #problem-of
 def _problem(kind: type, error: dict, hints: bool) -> list[_Problem]:
     "Put one error of pydantic's into the words of the field that it is about."
-    (name, *rest), value, inner = error["loc"], error["input"], error.get("ctx", {}).get("error")
-    if isinstance(inner, ConfigError): return [problem._replace(loc=(name, *problem.loc)) for problem in inner._problems]
-    info, rest = kind.model_fields[name], [part for part in rest if isinstance(part, int) and error["type"] != "missing"]
-    return [_Problem((name, *rest), _found(value), _expected(info), _hint(info, value) if hints else "")]
+    name, *rest = error["loc"]
+    inner = error.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigError): return [problem._replace(loc=(name, *problem.loc)) for problem in inner._problems]  # of a section
+    info, value = kind.model_fields[name], error["input"]
+    places = [part for part in rest if isinstance(part, int) and error["type"] != "missing"]  # which item of a list
+    return [_Problem((name, *places), _found(value), _expected(info), _hint(info, value, bool(places)) if hints else "")]
 
 # %% ../nbs/01_config.ipynb #failure
 def _failure(where: str, problems: list[_Problem]) -> ConfigError:
@@ -404,7 +418,7 @@ def _other_conflicts(kind: type, fields: Mapping, bad: set) -> list[_Problem]:
 
 # %% ../nbs/01_config.ipynb #base
 class Config(BaseModel):
-    "What all configurations share: strict, frozen, compared by value, and never failing with anything but a `ConfigError`."
+    "What all configurations share: strict, frozen, compared by value; a call with anything wrong in it raises one `ConfigError`."
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     _rules: ClassVar[tuple] = ()  # functions from a configuration to the problems between its fields
@@ -423,6 +437,9 @@ class Config(BaseModel):
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise _failure(type(self).__name__, [_Problem((name,), "an assignment", "a frozen configuration", f"Use replace({name}=...).")])
+
+    def __delattr__(self, name: str) -> None:
+        raise _failure(type(self).__name__, [_Problem((name,), "a deletion", "a frozen configuration", f"Use replace({name}=...).")])
 
     def __repr_args__(self) -> Iterator[tuple[str, Any]]:
         return ((n, v) for n, v in self if n in self.model_fields_set and v != type(self).model_fields[n].default)
@@ -448,7 +465,7 @@ class Config(BaseModel):
         *names: str,  # fields to describe; none: all of them
     ) -> _Table:  # rows with field, meaning, unit, range, default, example and other names; a table in Jupyter
         "Return what each field means, in which unit and range, with its default and an example."
-        wanted, problems = _rename(cls, dict.fromkeys(names))
+        wanted, problems = _rename(cls, dict.fromkeys(map(str, names)))
         if problems: raise _failure(cls.__name__, problems)
         return _Table(row for row in _rows(cls) if row["field"] in wanted or not names)
 
@@ -724,6 +741,7 @@ def _reason(error: Exception) -> str:
 
 def _near(path: Path) -> str:
     "Name the file beside a missing one that is spelt most like it."
+    if path.is_symlink(): return "It is a link that leads to no file."
     try: names = difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
     except OSError: return "Its folder does not exist."
     return f"Did you mean {_short(names[0])}?" if names else ""
@@ -735,7 +753,8 @@ def _open(path: Path, source: str) -> tuple[dict, dict, list[_Problem]]:
         data, notation = _read(path), _NOTATIONS.get(path.suffix.lower())
         if notation is None: raise _Refusal(0, 0, f"unknown suffix '{_short(path.suffix)}'", _SUFFIXES)
         tree, lines, problems = _build(notation(_decode(data)))
-        if not isinstance(tree, dict): raise _Refusal(0, 0, _found(tree), "a mapping, lines of `key: value`")
+        if not isinstance(tree, dict):
+            raise _Refusal(0, 0, "no settings" if tree is None else _found(tree), "a mapping, lines of `key: value`")
         return tree, lines, problems
     except _Refusal as refusal: raise ConfigError(refusal.at(source)) from None
     except (OSError, ValueError) as error:
@@ -745,9 +764,11 @@ def _open(path: Path, source: str) -> tuple[dict, dict, list[_Problem]]:
 # %% ../nbs/01_config.ipynb #place
 def _place(problem: _Problem, where: dict, source: str) -> tuple[float, str]:
     "Return a number to sort by and the name of the place where a problem was written: an override, a line of the file, or the file."
-    loc, beside = problem.loc, [(*problem.loc[:-1], name) for name in problem.also]
-    places = [where[key] for key in [*(loc[:n] for n in range(len(loc), 0, -1)), *beside] if key in where]
-    place = next((p for p in places if isinstance(p, str)), places[0] if places else source)
+    itself_and_above = [problem.loc[:n] for n in range(len(problem.loc), 0, -1)]
+    beside = [(*problem.loc[:-1], name) for name in problem.also]
+    written = [where[key] for key in itself_and_above + beside if key in where]
+    overrides = [place for place in written if isinstance(place, str)]  # the last word, and so the one to take back
+    place = (overrides or written or [source])[0]
     return (place, f"{source}:{place}") if isinstance(place, int) else (math.inf, place)
 
 
@@ -774,11 +795,13 @@ def load_config(
     kind: type[Config] = TrainingConfig,  # class of the configuration
 ) -> Config:  # an instance of `kind`
     "Read a configuration, or raise one `ConfigError` with a line for each problem in the file and the overrides."
+    if not (isinstance(kind, type) and issubclass(kind, Config)):
+        raise ConfigError(_line("load_config", _Problem(("kind",), _short(repr(kind)), "a class of configurations, such as TrainingConfig")))
     source, lines, problems = kind.__name__, {}, []
     if path is None or isinstance(path, Mapping): tree = {str(key): value for key, value in (path or {}).items()}
-    elif isinstance(path, (str, os.PathLike)):
-        source = _short(str(Path(path)), 120)
-        tree, lines, problems = _open(Path(path), source)
+    elif isinstance(path, (str, os.PathLike)) and os.fspath(path):
+        source = _short(str(path), 120)
+        tree, lines, problems = _open(Path(os.path.expanduser(path)), source)
     else: raise ConfigError(_line("load_config", _Problem((), _found(path), "a path or a mapping")))
     where = {_own_path(kind, loc): line for loc, line in lines.items()}
     problems = [problem._replace(loc=_own_path(kind, problem.loc)) for problem in problems]
@@ -797,7 +820,9 @@ def save_config(
     path: str | os.PathLike,  # .json, or .yaml or .yml for commented YAML; folders are made, a file that is there is replaced
 ) -> Path:  # the file
     "Write a configuration so that `load_config` gives an equal one; raise `ConfigError`, and change nothing, where that fails."
-    path = Path(path)
+    for name, value, types, expected in (("config", config, Config, "a configuration"), ("path", path, (str, os.PathLike), "a path")):
+        if not isinstance(value, types): raise ConfigError(_line("save_config", _Problem((name,), _found(value), expected)))
+    path = Path(os.path.expanduser(path))
     if path.suffix.lower() not in _NOTATIONS:
         raise ConfigError(_line(_short(str(path), 120), _Problem((), f"unknown suffix '{_short(path.suffix)}'", _SUFFIXES)))
     text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n" if path.suffix.lower() == ".json" else config.to_yaml()

@@ -55,17 +55,6 @@ def _whole(value: object, name: str, low: int | None = 1) -> int:
         raise DataError(f"{name} {_show(value)}; expected a whole number" + (f" of at least {low}" if low is not None else ""))
     return int(value)
 
-
-def _usable_path(value: object, where: str, expected: str, error: type[DataError] = DataError) -> Path:
-    "Give a path as a Path; refuse what can name no file."
-    try:
-        name = b"" if isinstance(value, bytes) else os.fsencode(value)
-    except (TypeError, UnicodeError):
-        name = b""
-    if not name or 0 in name:
-        raise error(f"{where}: {_show(value)}; expected {expected}")
-    return Path(value)
-
 # %% ../nbs/02_data.ipynb #utf8
 def _utf8(text: str, where: str) -> bytes:
     "Encode text as UTF-8, naming the character that UTF-8 has no bytes for."
@@ -76,17 +65,6 @@ def _utf8(text: str, where: str) -> bytes:
     except UnicodeEncodeError as error:
         found = f"U+{ord(text[error.start]):04X} at position {error.start} is half of a surrogate pair"
         raise VocabError(f"{where}: {found}; expected characters that UTF-8 can hold") from None
-
-
-def _from_utf8(raw: bytes, errors: str) -> str:
-    "Decode the bytes that ids stand for, naming the byte that is part of no character."
-    try:
-        return raw.decode(errors=errors)
-    except UnicodeDecodeError as error:
-        found = f"byte {error.start} (0x{raw[error.start]:02x}) is part of no whole character"
-        raise VocabError(f'decode: {found}; expected UTF-8. errors="replace" puts U+FFFD there') from None
-    except (LookupError, TypeError):
-        raise DataError(f"decode: errors {_show(errors)}; expected 'replace', 'strict' or another handler of bytes.decode") from None
 
 # %% ../nbs/02_data.ipynb #stdlib-files
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "__pycache__"}
@@ -139,6 +117,43 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
+_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}     # the longer ones first
+
+
+def _decode(raw: bytes, where: str, errors: str) -> str:
+    "Turn a file's bytes into text, or say which byte is in the way."
+    try:
+        text, bad = raw.decode("utf-8", errors).removeprefix("\ufeff"), raw.find(0)
+    except UnicodeDecodeError as error:
+        text, bad = "", error.start
+    if bad < 0 or errors == "replace":
+        return text.replace("\0", "\ufffd")
+    found = f"byte {bad} is {'NUL' if raw[bad] == 0 else 'not UTF-8'} (0x{raw[bad]:02x})"
+    looks = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "a binary file" if 0 in raw else "")
+    hint = f"It looks like {looks}" if looks else 'Convert it with iconv, or load_text(..., errors="replace") puts U+FFFD there'
+    raise DataError(f"{where}: {found}; expected UTF-8 text. {hint}")
+def _from_utf8(raw: bytes, errors: str) -> str:
+    "Decode the bytes that ids stand for, naming the byte that is part of no character."
+    try:
+        return raw.decode(errors=errors)
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start} (0x{raw[error.start]:02x}) is part of no whole character"
+        raise VocabError(f'decode: {found}; expected UTF-8. errors="replace" puts U+FFFD there') from None
+    except (LookupError, TypeError):
+        raise DataError(f"decode: errors {_show(errors)}; expected 'replace', 'strict' or another handler of bytes.decode") from None
+
+# %% ../nbs/02_data.ipynb #usable-path
+def _usable_path(value: object, where: str, expected: str, error: type[DataError] = DataError) -> Path:
+    "Give a path as a Path; refuse what can name no file."
+    try:
+        name = b"" if isinstance(value, bytes) else os.fsencode(value)
+    except (TypeError, UnicodeError):
+        name = b""
+    if not name or 0 in name:
+        raise error(f"{where}: {_show(value)}; expected {expected}")
+    return Path(value)
+
+# %% ../nbs/02_data.ipynb #load-text
 def _no_files(source: str, expected: str, folder: str = "a folder") -> str:
     "Say what a path that gives no file is, and what may have been meant."
     path = Path(source)
@@ -151,26 +166,6 @@ def _no_files(source: str, expected: str, folder: str = "a folder") -> str:
     return f"{found}; expected {expected}" + (f". Did you mean {_show(near[0])}?" if near else "")
 
 
-def _decode(raw: bytes, where: str, errors: str) -> str:
-    "Turn a file's bytes into text, or say which byte is in the way."
-    try:
-        text, bad = raw.decode("utf-8", errors).removeprefix("\ufeff"), raw.find(0)
-    except UnicodeDecodeError as error:
-        text, bad = "", error.start
-    if bad < 0 or errors == "replace":
-        return text.replace("\0", "\ufffd")
-    found = f"byte {bad} is {'NUL' if raw[bad] == 0 else 'not UTF-8'} (0x{raw[bad]:02x})"
-    if raw[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
-        hint = "It looks like UTF-32: convert it with iconv"
-    elif raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        hint = "It looks like UTF-16: convert it with iconv"
-    elif 0 in raw:
-        hint = "It looks like a binary file"
-    else:
-        hint = 'Convert it with iconv, or load_text(..., errors="replace") puts U+FFFD there'
-    raise DataError(f"{where}: {found}; expected UTF-8 text. {hint}")
-
-# %% ../nbs/02_data.ipynb #load-text
 def load_text(
     source: str | Path | None = None,  # a file, a folder (its text files, recursively) or a glob; None: `stdlib_text()`
     *,

@@ -208,15 +208,13 @@ def _is_tied(model: nn.Module) -> bool:
     "Say whether the head's weight is the embedding's, as one tensor."
     return getattr(model.lm_head, "weight", None) is getattr(model.model.embed_tokens, "weight", model)
 
-def _check_tied(model: nn.Module, weights: dict, prefix: str, _, strict: bool, *rest) -> None:
-    "Before weights are loaded: give the head its name where a file leaves it out; raise `ModelInputError` where it cannot be had."
+def _check_tied(model: nn.Module, weights: dict, prefix: str, *_) -> None:
+    "Before weights are loaded: add the head's name where a tied file leaves it out; raise `ModelInputError` for an untied file."
     head, embedding = (weights.get(prefix + name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     if not isinstance(getattr(model.lm_head, "weight", None), nn.Parameter) or embedding is None:
         return      # quantized, or part of a model: not for us to judge
     if head is None and model.config.tie_word_embeddings:
         weights[prefix + "lm_head.weight"] = embedding
-    elif head is None and strict:
-        raise ModelInputError("TinyLM: no lm_head.weight; expected one, as tie_word_embeddings is False. The file is a tied model's: build one.")
     elif head is not None and _is_tied(model) and not torch.equal(head, embedding):
         raise ModelInputError("TinyLM: lm_head.weight differs from model.embed_tokens.weight; expected one, as tie_word_embeddings is True. "
                               "Load an untied file into TinyLM(tie_word_embeddings=False).")

@@ -329,11 +329,11 @@ def _integer_layers(chosen: list[tuple[list[_Layer], int, int | None]]) -> dict[
             new.sqnr = sqnr
     return made
 
-# %% ../nbs/05_quantization.ipynb #carried-over
+# %% ../nbs/05_quantization.ipynb #swap
 _STANDARD = {*vars(nn.Linear(1, 1)), *vars(nn.Embedding(1, 1)), *vars(QuantLinear(1, 1)), *vars(QuantEmbedding(1, 1))}
 _HOOKS = {name for name in _STANDARD if name.startswith(("_forward", "_backward")) or name == "_is_full_backward_hook"}
 
-# %% ../nbs/05_quantization.ipynb #swap
+
 def _swap(model: nn.Module, new: dict[int, nn.Module], inplace: bool) -> nn.Module:
     "Return the model, or a copy, with the modules in `new` (by id of the old) in the places of the old."
     values = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
@@ -343,6 +343,7 @@ def _swap(model: nn.Module, new: dict[int, nn.Module], inplace: bool) -> nn.Modu
         places = [module for module in model.modules() if id(module) in new]
         for old in places:
             kept = {name: take(value) for name, value in vars(old).items() if name in _HOOKS or name not in _STANDARD}
+            kept.pop("_compiled_call_impl", None)  # machine code of the float layer
             vars(new[id(old)]).update(kept)
             if "bias" in new[id(old)]._parameters:
                 new[id(old)]._parameters["bias"] = take(old.bias)
@@ -400,6 +401,7 @@ class LayerInfo:
 
 # %% ../nbs/05_quantization.ipynb #table-row
 def _table_row(r: LayerInfo) -> str:
+    "Return a row as a line of Markdown."
     note = r.reason or (f"weights of {r.tied_to}" if r.tied_to else "")
     sqnr = "" if r.sqnr is None else f"{r.sqnr:.1f}"
     return f"| {r.name or '(model)'} | {r.scheme} | {' x '.join(map(str, r.shape))} | {r.bytes_before:,} | {r.bytes:,} | {sqnr} | {note} |"
@@ -410,11 +412,16 @@ def _plain(row: LayerInfo) -> dict:
     return dataclasses.asdict(row) | {"shape": list(row.shape), "sqnr": row.sqnr if row.sqnr is not None and math.isfinite(row.sqnr) else None}
 
 # %% ../nbs/05_quantization.ipynb #quantized-rows
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    "Return what tensors take; a sparse one counts as if it were dense."
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 def _row(name: str, kind: str, shape, tensors: list[Tensor], packed: int = 0, **more) -> LayerInfo:
     "Return the row of a layer that adds these tensors: float parameters, and buffers that stand for `packed` weights."
     n = packed + sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
     scheme = {"bits": None, "type": None, "group_size": None, "sqnr": None, "tied_to": None, "reason": None}
-    return LayerInfo(name=name, kind=kind, shape=tuple(shape), parameters=n, bytes_before=4 * n, bytes=sum(t.nbytes for t in tensors), **(scheme | more))
+    return LayerInfo(name=name, kind=kind, shape=tuple(shape), parameters=n, bytes_before=4 * n, bytes=_bytes(tensors), **(scheme | more))
 
 
 def _quantized_rows(model: nn.Module) -> dict[str, LayerInfo]:
@@ -527,7 +534,7 @@ def get_quantization_info(
         layers=layers,
         left_alone=_float_rows(model),
         parameters=sum(codes.values()) + sum(p.numel() for p in parameters),
-        bytes=sum(t.nbytes for t in (*parameters, *buffers)),
+        bytes=_bytes((*parameters, *buffers)),
     )
 
 # %% ../nbs/05_quantization.ipynb #float-layer

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -143,7 +144,7 @@ def test_configuration_validation(tmp_path, text, message):
 BAD_FILES = {  # name of the file: (content, what the line must say after the path)
     "empty.yaml": (b"", ": an empty file"),
     "blank.json": (b" \n\t ", ": an empty file"),
-    "comment.yaml": (b"# nothing yet\n", ": null; expected a mapping"),
+    "comment.yaml": (b"# nothing yet\n", ": no settings; expected a mapping"),
     "large.yaml": (b"#" * (256 * 1024 + 1), ": more than 256 KiB"),
     "latin.yaml": ("text: é".encode("latin-1"), ": byte 6 is not UTF-8"),
     "utf16.json": ("{}".encode("utf-16"), "looks like UTF-16"),
@@ -159,7 +160,7 @@ BAD_FILES = {  # name of the file: (content, what the line must say after the pa
     "yaml.json": (b"seed: 1", ":1:1: Expecting value; expected JSON"),
     "list.yaml": (b"- seed: 1\n", ": a list of 1; expected a mapping"),
     "scalar.yaml": (b"hello\n", ": the text 'hello'; expected a mapping"),
-    "null.json": (b"null", ": null; expected a mapping"),
+    "null.json": (b"null", ": no settings; expected a mapping"),
     "anchor.yaml": (b"seed: &s 1\n", ":1:7: the anchor &s"),
     "alias.yaml": (b"seed: *s\n", ":1:7: the alias *s"),
     "merge.yaml": (b"<<: {seed: 1}\n", ":1: <<: unknown"),
@@ -585,3 +586,87 @@ def test_import_is_light():
     "The command line answers before torch, numpy and matplotlib are there."
     code = "import sys, qtlm.config; sys.exit(bool({'torch', 'numpy', 'matplotlib', 'fastcore'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ---- what programs and tired people give ----
+
+@pytest.mark.parametrize("name, given, plain", [
+    ("max_steps", np.int64(5), 5), ("batch_size", np.uint8(4), 4), ("compile", np.True_, True), ("quantization_bits", np.int32(4), 4),
+    ("betas", np.array([0.5, 0.75]), (0.5, 0.75)), ("ignore_index", np.array(-1), -1), ("learning_rate", np.float64(0.5), 0.5),
+])
+def test_numpy_values_are_plain_ones(name, given, plain):
+    "They become Python's own, so that what is saved and hashed is the same; a range holds for them too."
+    config = TrainingConfig(**{name: given})
+    assert config == TrainingConfig(**{name: plain}) and hash(config) == hash(TrainingConfig(**{name: plain}))
+    assert type(getattr(config, name)) is type(plain) and json.dumps(config.to_dict())
+    assert config == load_config({name: given}) and config == TrainingConfig().replace(**{name: given})
+
+
+def test_numpy_values_are_checked():
+    assert "max_steps: -5; expected an integer >= 1" in one_line(refusal(TrainingConfig, max_steps=np.int64(-5)))
+    assert "max_steps: true; expected an integer" in one_line(refusal(TrainingConfig, max_steps=np.True_))
+    assert "model.hidden_size: 25; expected a multiple" in one_line(refusal(TrainingConfig, model={"hidden_size": np.int64(25)}))
+
+
+@pytest.mark.parametrize("override, hint", [
+    ("quantization_mode=PTQ", "Did you mean ptq?"), ("betas=0.9,0.95", "Write [0.9,0.95], in brackets."), ("quantization_skip_modules=lm_head", "Write [lm_head], in brackets."),
+    ("dtype=bfloat16", "Did you mean bf16?"),
+])
+def test_hint_for_a_likely_slip(override, hint):
+    line = one_line(refusal(load_config, None, override))
+    assert line.endswith(hint), line
+    if "brackets" in hint:
+        assert load_config(None, override.replace("=", "=[") + "]")
+
+
+def test_attributes_cannot_be_deleted():
+    config = TrainingConfig(seed=3)
+    assert "seed: a deletion; expected a frozen configuration" in one_line(refusal(delattr, config, "seed"))
+    assert config.seed == 3
+
+
+@pytest.mark.parametrize("text", ["%YAML 1.1\n---\nwarmup_steps: 010\n", "%TAG ! tag:x,2000:\n---\nseed: 1\n"])
+def test_directive_is_refused(tmp_path, text):
+    "It announces rules of another YAML than the one that is read."
+    (tmp_path / "run.yaml").write_text(text)
+    assert "run.yaml:1:1: a directive" in one_line(refusal(load_config, tmp_path / "run.yaml"))
+    (tmp_path / "run.yaml").write_text("%YAML 1.2\n---\nseed: 1\n")
+    assert load_config(tmp_path / "run.yaml") == TrainingConfig(seed=1)
+
+
+def test_unclosed_quote_is_shown_where_it_was_opened(tmp_path):
+    (tmp_path / "run.yaml").write_text("seed: 1\nrun_name: 'abc\nmax_steps: 3\n")
+    assert "that began at line 2; expected YAML" in one_line(refusal(load_config, tmp_path / "run.yaml"))
+
+
+def test_link_to_nowhere_is_told(tmp_path):
+    (tmp_path / "run.yaml").symlink_to(tmp_path / "gone.yaml")
+    assert "not found; " in (line := one_line(refusal(load_config, tmp_path / "run.yaml"))) and line.endswith("leads to no file.")
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert save_config(TrainingConfig(seed=5), "~/run.yaml") == tmp_path / "run.yaml"
+    assert load_config("~/run.yaml").seed == 5
+
+
+@pytest.mark.parametrize("kind", [dict, "TrainingConfig", TrainingConfig(), None, int])
+def test_kind_is_a_class_of_configurations(kind):
+    assert "load_config: kind: " in one_line(refusal(load_config, None, kind=kind))
+
+
+def test_arguments_of_save_config(tmp_path):
+    for config, path, told in [({"seed": 1}, tmp_path / "a.json", "config: a mapping"), (None, tmp_path / "a.yaml", "config: null"),
+                               (TrainingConfig(), None, "path: null"), (TrainingConfig(), 3, "path: 3"),
+                               (tmp_path / "a.json", TrainingConfig(), "config: a value of type")]:
+        assert f"save_config: {told}" in one_line(refusal(save_config, config, path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [3, None, ""])
+def test_describe_takes_names(name):
+    assert "unknown; expected a field of TrainingConfig" in one_line(refusal(TrainingConfig.describe, name))
+
+
+def test_empty_path_is_no_folder():
+    assert "load_config: an empty text; expected a path" in one_line(refusal(load_config, ""))

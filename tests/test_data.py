@@ -686,3 +686,123 @@ def test_overlap_is_seen(size):
     for seen in (train, Tokens(train[1001:2000], size), Tokens(train[7:10], size)):
         with pytest.warns(DataWarning, match="validation text is in the training text too"):
             assert not check_split(train, seen)
+
+
+# ---- arguments of other types ----
+
+def test_numpy_numbers_are_numbers():
+    "They become Python's own, so that the description stays JSON and the digest the same."
+    tokens = Tokens(torch.arange(100), np.int64(100))
+    given = Batches(tokens, block_size=np.int64(8), batch_size=np.int32(2), seed=np.int64(3))
+    plain = Batches(tokens, block_size=8, batch_size=2, seed=3)
+    assert given.digest == plain.digest and json.dumps(given.to_dict()) and given.starts(np.int64(5)) == plain.starts(5)
+    assert torch.equal(SequentialBatches(tokens, np.int64(8), 2)[np.int64(1)][0], SequentialBatches(tokens, 8, 2)[1][0])
+    assert len(tokens.split(np.float32(0.25))[1]) == 25 and len(stdlib_text(np.int64(1000))) <= 1000
+    assert permute(np.int64(3), np.int64(9)) == permute(3, 9)
+
+
+@pytest.mark.parametrize("arguments", [(0, 0), (5, 3), (3, 3), (-1, 3), (0, -1), (0.5, 3), (0, 3.0), (0, True), (0, 3, "x"), (0, 3, 0, -1)])
+def test_permute_refuses_what_is_no_place(arguments):
+    "Walking from outside the range might never end."
+    with pytest.raises(DataError, match="^permute: ") as caught:
+        permute(*arguments)
+    one_line(caught)
+
+
+def test_vocabulary_too_large_for_the_library():
+    "tokenizers reserves memory for all of them at once, and aborts the process where there is none."
+    pytest.importorskip("tokenizers")
+    for size in (1_000_001, 10**9, 2**70):
+        with pytest.raises(VocabError, match="BPEVocab: vocab_size .*; expected at most 1000000") as caught:
+            BPEVocab.train("abc", size)
+        one_line(caught)
+
+
+@pytest.mark.parametrize("vocab", ["byte", 3, {"kind": "byte"}, ByteVocab])
+def test_vocab_is_a_vocabulary(vocab, tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(5))
+    for call in (lambda: Tokens([1], vocab=vocab), lambda: Tokens.from_text("abc", vocab, cache_dir=False),
+                 lambda: Tokens.from_file(tmp_path / "ids.npy", vocab=vocab)):
+        with pytest.raises(VocabError, match="expected a vocabulary, such as ByteVocab") as caught:
+            call()
+        one_line(caught)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud800", b"bytes", 3, True])
+def test_what_can_name_no_file(path):
+    for call, error in ((load_text, DataError), (ByteVocab().save, VocabError), (Tokens.from_file, DataError),
+                        (lambda p: Tokens.from_text("abc", cache_dir=p), DataError)):
+        with pytest.raises(error, match="; expected ") as caught:
+            call(path)
+        one_line(caught)
+    if isinstance(path, str):
+        with pytest.raises(VocabError, match="^load_vocab: "):
+            load_vocab(path)
+
+
+@pytest.mark.parametrize("ids", [[-1], [256], [-100, 5], [1.5], [True], torch.tensor([[1, -1]]), torch.ones(2)])
+def test_bytes_of_ids_that_are_none(ids):
+    "NumPy would take -1 for the last piece and count its bytes."
+    tokens = Tokens.from_text("hello", cache_dir=False)
+    with pytest.raises(DataError, match="^bytes_of: ") as caught:
+        tokens.bytes_of(ids)
+    one_line(caught)
+    assert tokens.bytes_of([]) == 0 and tokens.bytes_of([0, 255]) == 2
+
+
+def test_strict_decoding_names_the_byte():
+    with pytest.raises(VocabError, match=r"decode: byte 1 \(0xc3\) .*; expected UTF-8") as caught:
+        ByteVocab().decode([65, 195], errors="strict")
+    one_line(caught)
+    with pytest.raises(DataError, match="decode: errors 'nope'"):
+        ByteVocab().decode([200], errors="nope")
+
+
+def test_files_that_are_no_ids(tmp_path):
+    "None of the messages advises to load a pickle."
+    np.savez(tmp_path / "a.npz", x=np.zeros(3))
+    (tmp_path / "text.npy").write_bytes(b"hello world, hello world")
+    np.save(tmp_path / "huge.npy", np.zeros((3, 2), int))
+    raw = (tmp_path / "huge.npy").read_bytes()
+    (tmp_path / "huge.npy").write_bytes(raw.replace(b"(3, 2), }" + b" " * 16, b"(9999999999999999999,), }"))
+    assert b"9999999999999999999" in (tmp_path / "huge.npy").read_bytes()
+    for name, told in {"a.npz": "a zip archive", "text.npy": "no array in NumPy's format", "huge.npy": "expected a file of token ids"}.items():
+        with pytest.raises(DataError, match=told) as caught:
+            Tokens.from_file(tmp_path / name)
+        assert "pickle" not in one_line(caught)
+    np.save(tmp_path / "b.npy", np.arange(4))
+    (tmp_path / "b.npy").rename(tmp_path / "b.bin")
+    assert Tokens.from_file(tmp_path / "b.bin").ids.tolist() == [0, 1, 2, 3]     # a header is not read as ids
+
+
+def test_tokenizer_json_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}))
+    with pytest.raises(VocabError, match="tokenizer.json of Hugging Face's; expected") as caught:
+        load_vocab(tmp_path / "tokenizer.json")
+    one_line(caught)
+
+
+def test_link_to_nowhere_is_told(tmp_path):
+    (tmp_path / "a.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(DataError, match="a link that leads to no file; expected") as caught:
+        load_text(tmp_path / "a.txt")
+    assert "Did you mean" not in one_line(caught)
+
+
+@pytest.mark.parametrize("raw, hint", [("ab".encode("utf-32"), "UTF-32"), ("ab".encode("utf-16"), "UTF-16"), (b"\x7fELF\0", "binary file"),
+                                       ("grün".encode("latin-1"), "iconv")])
+def test_hint_fits_the_bytes(tmp_path, raw, hint):
+    (tmp_path / "a.txt").write_bytes(raw)
+    with pytest.raises(DataError, match=hint) as caught:
+        load_text(tmp_path / "a.txt")
+    one_line(caught)
+
+
+def test_check_split_takes_what_batches_take():
+    ids = torch.arange(300) % 7
+    with pytest.warns(DataWarning):
+        assert not check_split(ids, ids[100:])
+    with pytest.raises(DataError):
+        check_split(None, ids)
+    with pytest.raises(DataError, match="SequentialBatches: batch 'a'"):
+        SequentialBatches(ids, 8)["a"]

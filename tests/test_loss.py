@@ -321,3 +321,61 @@ def test_on_a_gpu_as_on_a_cpu(dtype):
         results.append((loss.cpu(), leaf.grad.cpu()))
     torch.testing.assert_close(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1])
+
+
+# ---- arguments of other types ----
+
+@pytest.mark.parametrize("options, told", [
+    ({"label_smoothing": "0.1"}, "label_smoothing is '0.1'"), ({"label_smoothing": None}, "label_smoothing is None"),
+    ({"ignore_index": None}, "ignore_index is None"), ({"ignore_index": "x"}, "ignore_index is 'x'"), ({"ignore_index": -1.0}, "ignore_index is -1.0"),
+    ({"reduction": None}, "reduction is None"), ({"reduction": ["mean"]}, "reduction is"), ({"reduction": "x" * 1000}, "reduction is"),
+    ({"logits": torch.zeros(2, 7).to_sparse()}, "logits is torch.sparse_coo; expected a dense Tensor"),
+    ({"logits": torch.zeros([1] * 60)}, "56 more dimensions"), ({"targets": torch.zeros([1] * 60, dtype=torch.int64)}, "56 more dimensions"),
+    ({"targets": torch.zeros([1] * 60, dtype=torch.int64), "logits": torch.zeros([1] * 61)[..., :0]}, "more dimensions"),
+    ({"targets": torch.full([1] * 60, 7), "logits": torch.zeros([1] * 61)}, "target 7 at"),
+])
+def test_any_mistake_is_one_line(options, told):
+    with pytest.raises(LossError) as caught:
+        compute_loss(**({"logits": torch.zeros(2, 7), "targets": torch.zeros(2, dtype=torch.int64)} | options))
+    assert told in str(caught.value) and len(str(caught.value)) <= 300 and "\n" not in str(caught.value)
+
+
+def test_no_hint_where_there_is_nothing_to_reshape():
+    with pytest.raises(LossError) as caught:
+        compute_loss(torch.zeros(()), torch.tensor(0))
+    assert "reshape" not in str(caught.value)
+
+
+def test_shapes_without_values():
+    "On the meta device there is nothing to look at, and the shapes are still right."
+    logits, targets = torch.zeros(2, 3, 7, device="meta"), torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    assert compute_loss(logits, targets).shape == () and compute_loss(logits, targets, reduction="none").shape == (2, 3)
+
+
+@pytest.mark.parametrize("arguments", [("a", 1, 1), (None, 1, 1), (torch.zeros(3), 1, 1), (1.0, None, 1), (1.0, 1, "1"), (1.0, "1", 1), (1.0, 1, None)])
+def test_bits_per_byte_takes_numbers(arguments):
+    with pytest.raises(LossError, match="^bits_per_byte: .*; expected ") as caught:
+        bits_per_byte(*arguments)
+    assert len(str(caught.value)) <= 300
+
+
+@pytest.mark.filterwarnings("error")
+def test_bits_per_byte_of_a_loss_with_a_graph():
+    loss = compute_loss(torch.zeros(4, 2, requires_grad=True), torch.zeros(4, dtype=torch.int64))
+    assert bits_per_byte(loss, 4, 4) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (([0.0], torch.zeros(2, 7)), "student_logits is list"), ((torch.zeros(2, 7), None), "teacher_logits is NoneType"),
+    ((torch.zeros(2, 7), torch.zeros(2, 7), "1"), "temperature is '1'"), ((torch.zeros(2, 7), torch.zeros(2, 7), None), "temperature is None"),
+    ((torch.zeros(2, 7), torch.zeros(2, 7, device="meta")), "expected one device"),
+])
+def test_distillation_mistakes_are_one_line(arguments, told):
+    with pytest.raises(LossError, match=told) as caught:
+        distillation_loss(*arguments)
+    assert len(str(caught.value)) <= 300 and "\n" not in str(caught.value)
+
+
+def test_distillation_mask_is_a_tensor():
+    with pytest.raises(LossError, match="ignore_mask is list; expected a Tensor"):
+        distillation_loss(torch.zeros(2, 7), torch.zeros(2, 7), ignore_mask=[True, False])

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -318,3 +319,85 @@ def test_on_a_gpu_as_on_a_cpu():
         moved(ids)
     with torch.autocast("cuda", torch.bfloat16):
         assert moved(ids.cuda()).dtype == torch.bfloat16
+
+
+# ---- weights that come and go ----
+
+def test_file_that_transformers_saved(tmp_path):
+    "Its tied Llama leaves lm_head.weight out of the file."
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = small(num_key_value_heads=2).eval()
+    llama = to_llama(model)
+    llama.load_state_dict(model.state_dict())
+    llama.save_pretrained(tmp_path)
+    weights = safetensors.load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    loaded, ids = small(seed=1, num_key_value_heads=2).eval(), tokens(model, 2, 9)
+    names = set(weights)
+    loaded.load_state_dict(weights)
+    assert torch.equal(loaded(ids), model(ids)) and set(weights) == names     # the caller's dict is as it was
+
+
+def test_untied_file_does_not_overwrite_a_tied_embedding():
+    untied, model = small(tie_word_embeddings=False), small(seed=1)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(ModelInputError, match="lm_head.weight differs from model.embed_tokens.weight; expected one") as caught:
+        model.load_state_dict(untied.state_dict())
+    assert len(str(caught.value)) <= 300
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_tied_file_in_an_untied_model():
+    model, weights = small(tie_word_embeddings=False), small().state_dict()
+    del weights["lm_head.weight"]
+    with pytest.raises(RuntimeError, match="Missing key.*lm_head.weight"):
+        model.load_state_dict(weights)
+    assert model.load_state_dict(weights, strict=False).missing_keys == ["lm_head.weight"]      # asked for
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+@pytest.mark.parametrize("head", [True, False])
+def test_assigned_weights_stay_tied(place, head):
+    model, ids = small().eval(), torch.arange(12).view(2, 6)
+    weights = {name: p.clone() for name, p in model.state_dict().items() if head or name != "lm_head.weight"}
+    with torch.device(place):
+        other = small_on(place)
+    other.load_state_dict(weights, assign=True)
+    assert other.lm_head.weight is other.model.embed_tokens.weight and torch.equal(other.eval()(ids), model(ids))
+    holder = torch.nn.Sequential(small(seed=4))        # as a part of another module, too
+    holder.load_state_dict({f"0.{name}": p.clone() for name, p in weights.items()}, assign=True)
+    assert holder[0].lm_head.weight is holder[0].model.embed_tokens.weight and torch.equal(holder.eval()(ids), model(ids))
+
+
+def small_on(place):
+    return TinyLM(small().config) if place == "meta" else small(seed=3)
+
+
+def test_copies_load_into_themselves():
+    "The hooks of a copy belong to the copy."
+    model, ids = small().eval(), torch.arange(6)[None]
+    other = pickle.loads(pickle.dumps(copy.deepcopy(small(seed=2)))).eval()
+    other.load_state_dict({name: p for name, p in model.state_dict().items() if name != "lm_head.weight"}, assign=True)
+    assert torch.equal(other(ids), model(ids)) and other.lm_head.weight is other.model.embed_tokens.weight
+
+
+def test_float64_is_left_alone_by_autocast():
+    model, ids = small().double(), torch.arange(6)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(ids), small().double()(ids)) and model(ids).dtype == torch.float64
+
+
+@pytest.mark.parametrize("ids, told", [
+    ({"input_ids": torch.zeros(1, 2, dtype=torch.int64)}, "Pass its 'input_ids'."), (None, "input_ids is NoneType"),
+    (torch.zeros(2, 3, dtype=torch.int64).to_sparse(), "ids.to_dense()"), (torch.zeros([1] * 60, dtype=torch.int64), "of 60 dimensions"),
+])
+def test_more_wrong_ids(ids, told):
+    with pytest.raises(ModelInputError) as caught:
+        small()(ids)
+    assert told in str(caught.value) and len(str(caught.value)) <= 300 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("generator", [7, "seed"])
+def test_generator_is_a_generator(generator):
+    with pytest.raises(ModelInputError, match="generator is .*; expected a torch.Generator"):
+        TinyLM(hidden_size=24, generator=generator)

@@ -681,3 +681,13 @@ def test_a_compiled_model_is_one_graph_and_gives_the_same_logits(lm):
         quantized = quantize_model_ptq(lm, bits=bits)
         with torch.no_grad():
             assert torch.allclose(torch.compile(quantized, fullgraph=True)(IDS), quantized(IDS), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_layer_compiled_by_its_own_method_does_not_go_on_as_float(inplace):
+    "layer.compile() leaves the compiled float layer in an attribute; carried over, it would be what is called."
+    model, x = mlp(16, 8), torch.randn(3, 16)
+    model[0].compile(backend="eager")
+    plain = model(x).clone()
+    quantized = quantize_model_ptq(model, inplace=inplace)
+    assert torch.equal(quantized(x), quantized[0].forward(x)) and not torch.equal(quantized(x), plain)
