@@ -8,7 +8,11 @@ __all__ = ['main']
 # %% ../nbs/14_cli.ipynb #imports
 import difflib
 import json
+import os
+import signal
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -28,7 +32,9 @@ def _run(
     "Parse `argv` for `command`, run it, and say in one line what the user did wrong."
     from fastcore.script import anno_parser
 
-    options = vars(anno_parser(command, prog=f"qtlm {name}").parse_args(argv))
+    parser = anno_parser(command, prog=f"qtlm {name}")
+    parser.error = lambda message: parser.exit(2, f"qtlm {name}: {message}. See qtlm {name} --help.\n")
+    options = vars(parser.parse_args(argv))
     positional = options.pop("settings", [])
     options = {key: value for key, value in options.items() if key not in ("pdb", "xtra")}
     try:
@@ -39,7 +45,7 @@ def _run(
     except Exception as error:
         if not _is_mistake(error):
             raise
-        print(f"qtlm {name}: {error}", file=sys.stderr)
+        print(f"qtlm {name}: {str(error).removeprefix(f'{name}: ')}", file=sys.stderr)
         return 2
     return 0
 
@@ -103,10 +109,10 @@ def _train(
     from qtlm.trainer import Trainer
 
     vocab, train, held_out = _read_text(config)
-    trainer = Trainer(_build(config, vocab), config, train_data=train, eval_data=held_out, vocab=vocab)
+    trainer = Trainer(_build(config, vocab), config, train_data=train, eval_data=held_out if len(held_out) > 1 else None, vocab=vocab)
     trainer.train(resume_from_checkpoint=resume or None)
-    loss = trainer.evaluate()["loss"]
-    print(f"{trainer.run_dir}: step {trainer.step}, held-out loss {loss:.4f} nats per token")
+    loss = f"held-out loss {trainer.evaluate()['loss']:.4f}" if len(held_out) > 1 else f"last loss {trainer.history.losses[-1]:.4f}"
+    print(f"{trainer.run_dir}: step {trainer.step}, {loss} nats per token")
     if config.quantization_mode == "ptq":
         _quantize(str(trainer.run_dir), bits=config.quantization_bits)
 
@@ -322,8 +328,12 @@ def _demo(
     folder, settings = Path(out), _demo_config(config, text, steps, seed, out)
     _check_same_settings(folder / "float32", settings)
     vocab, train, held_out = _read_text(settings)
+    from qtlm.data import DataError
     from qtlm.evaluation import compare
     from qtlm.trainer import Trainer
+
+    if len(held_out) < 2:
+        raise DataError(f"text: {len(held_out)} held-out tokens; expected two at least. Give more text, or a larger validation_fraction.")
 
     trainer = Trainer(_build(settings, vocab), settings, train_data=train, eval_data=held_out, vocab=vocab)
     trainer.train(resume_from_checkpoint="auto")
@@ -336,6 +346,13 @@ def _demo(
     for name, sample in samples.items():
         print(f"\n{name} writes:\n{sample}")
     print(f"\nWritten to {folder}: report.json, loss.png, sizes.png, and the models under models/.", file=sys.stderr)
+
+# %% ../nbs/14_cli.ipynb #adopt-customs
+def _adopt_customs() -> None:
+    "Make warnings one line, and SIGTERM an exit."
+    warnings.showwarning = lambda message, *_: print(f"qtlm: {message}", file=sys.stderr)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 # %% ../nbs/14_cli.ipynb #main
 def main(
@@ -356,7 +373,12 @@ def main(
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_COMMANDS)}."
         print(f"qtlm: {name!r} is no command; {hint}", file=sys.stderr)
         return 2
-    return _run(_COMMANDS[name], name, rest)
+    _adopt_customs()
+    try:
+        return _run(_COMMANDS[name], name, rest)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush finds somewhere to go
+        return 0
 
 # %% ../nbs/14_cli.ipynb #commands
 _COMMANDS = {"demo": _demo, "train": _train, "quantize": _quantize, "evaluate": _evaluate, "generate": _generate}

@@ -820,8 +820,8 @@ def save_config(
     path: str | os.PathLike,  # .json, or .yaml or .yml for commented YAML; folders are made, a file that is there is replaced
 ) -> Path:  # the file
     "Write a configuration so that `load_config` gives an equal one; raise `ConfigError`, and change nothing, where that fails."
-    for name, value, types, expected in (("config", config, Config, "a configuration"), ("path", path, (str, os.PathLike), "a path")):
-        if not isinstance(value, types): raise ConfigError(_line("save_config", _Problem((name,), _found(value), expected)))
+    for name, value, kind, expected in (("config", config, Config, "a configuration"), ("path", path, (str, os.PathLike), "a path")):
+        if not isinstance(value, kind): raise ConfigError(_line("save_config", _Problem((name,), _found(value), expected)))
     path = Path(os.path.expanduser(path))
     if path.suffix.lower() not in _NOTATIONS:
         raise ConfigError(_line(_short(str(path), 120), _Problem((), f"unknown suffix '{_short(path.suffix)}'", _SUFFIXES)))

@@ -132,6 +132,8 @@ def _decode(raw: bytes, where: str, errors: str) -> str:
     looks = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "a binary file" if 0 in raw else "")
     hint = f"It looks like {looks}" if looks else 'Convert it with iconv, or load_text(..., errors="replace") puts U+FFFD there'
     raise DataError(f"{where}: {found}; expected UTF-8 text. {hint}")
+
+
 def _from_utf8(raw: bytes, errors: str) -> str:
     "Decode the bytes that ids stand for, naming the byte that is part of no character."
     try:
@@ -178,8 +180,8 @@ def load_text(
     if errors not in ("strict", "replace"):
         raise DataError(f"load_text: errors {_show(errors)}; expected 'strict' or 'replace'")
     try:
-        files = _find_files(os.path.expanduser(source))
         name, without = os.path.expanduser(source), "a folder without .txt, .md, .py ... files"
+        files = _find_files(name)
         problem = "" if files else _no_files(name, "a text file, folder or glob such as 'folder/*'", without)
         texts = [_decode(f.read_bytes(), _show(f), errors) for f in files]
     except OSError as error:

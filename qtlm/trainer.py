@@ -10,10 +10,9 @@ import itertools
 import logging
 import math
 import os
-import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointMismatchError, CheckpointWriteError, latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointError, CheckpointMismatchError, CheckpointWriteError, latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainingConfig
 from .data import Batches, DataError, Tokens, check_split
-from .history import Callback, EarlyStopping, History, Progress, Signals, rng_state, set_rng_state_
+from .history import Callback, EarlyStopping, History, Progress, Signals
 from .loss import bits_per_byte
 from .model import ModelInputError
 from .optim import configure_optimizer
 from .quantization import QuantizationError, get_quantization_info
 from .step import accumulate_gradients, as_batches, clip_gradients_, is_batches, learning_rate_factor, mean_loss, micro_batches
-from .step import split_rows, step_randomness
+from .step import rng_state, seeded, set_rng_state_, split_batch, split_rows
 
 # %% ../nbs/09_trainer.ipynb #resolve-config
 def _resolve_config(config: TrainingConfig | Mapping | None, overrides: dict, model: nn.Module) -> TrainingConfig:
@@ -41,7 +40,9 @@ def _resolve_config(config: TrainingConfig | Mapping | None, overrides: dict, mo
         config = config.replace(**overrides) if overrides else config
     else:
         raise ConfigError(f"config: {type(config).__name__}; expected a TrainingConfig, a dict of its fields, or None.")
-    own = getattr(getattr(model, "config", None), "block_size", None)
+    names = ("block_size", "max_position_embeddings", "n_positions")  # ours, and those of transformers
+    own = next((size for name in names if isinstance(size := getattr(getattr(model, "config", None), name, None), int)), None)
+    own = min(own, config.block_size) if own and not hasattr(model.config, "block_size") else own
     return config.replace(block_size=own) if isinstance(own, int) and "block_size" not in config.model_fields_set else config
 
 # %% ../nbs/09_trainer.ipynb #resolve-device
@@ -66,47 +67,65 @@ def _check_trainable(model: nn.Module, config: TrainingConfig) -> None:
         asked = "quantization_mode='qat'" if config.quantization_mode == "qat" else "enable_quantized_finetuning=True"
         raise QuantizationError(f"Trainer: {asked} is not in this version; expected None or 'ptq'. Quantize with quantize_model_ptq after training.")
 
+# %% ../nbs/09_trainer.ipynb #check-callbacks
+def _check_callbacks(callbacks: Any) -> list[Callback]:
+    "List the callbacks; raise `ConfigError` for what is none."
+    callbacks = list(callbacks) if is_batches(callbacks) else [callbacks]
+    if wrong := [c for c in callbacks if not isinstance(c, Callback)]:
+        raise ConfigError(f"callbacks: {type(wrong[0]).__name__}; expected a list of Callback objects. Derive a class from qtlm.Callback.")
+    return callbacks
+
 # %% ../nbs/09_trainer.ipynb #nonfinite-error
 class NonFiniteLossError(RuntimeError):
     "A loss or gradient that is not finite; the weights are those of the step before."
 
+# %% ../nbs/09_trainer.ipynb #buffers-kept
+def _remember_buffers(model: nn.Module) -> list[tuple]:
+    "Copy the buffers that a forward pass may write: floats, and counters. Codes of frozen layers are none of these."
+    owned = ((module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items() if buffer is not None)
+    return [(module, name, b, b.clone()) for module, name, b in owned if b.is_floating_point() or b.ndim == 0]
+
+# %% ../nbs/09_trainer.ipynb #put-back-buffers
+def _put_back_(remembered: list[tuple]) -> None:
+    "Undo what happened to the buffers since `_remember_buffers`, in place or by assignment."
+    for module, name, buffer, before in remembered:
+        module._buffers[name] = buffer
+        buffer.data.copy_(before)
+
+# %% ../nbs/09_trainer.ipynb #gradients
+def _gradients(trainer: "Trainer", micro_batches: list) -> tuple[float, int, float]:
+    "Run forward and backward; return loss, count of targets and gradient norm, or raise and leave the model as it was."
+    config, model, buffers = trainer.config, trainer.model, _remember_buffers(trainer.model)
+    settings = (trainer.device, config.dtype == "bf16", config.ignore_index, config.label_smoothing)
+    model.zero_grad(set_to_none=True)
+    try:
+        with seeded(config.seed, trainer.step):
+            loss, count = accumulate_gradients(trainer._forward, micro_batches, *settings)
+        return loss, count, clip_gradients_(model, config.max_grad_norm)
+    except BaseException as error:
+        model.zero_grad(set_to_none=True)
+        _put_back_(buffers)
+        if isinstance(error, FloatingPointError):
+            where = f"step {trainer.step + 1}: {error} is not finite; expected a number. The weights are those of step {trainer.step}."
+            raise NonFiniteLossError(f"{where} Lower learning_rate (now {config.learning_rate:g}) or look at the batch.") from None
+        raise
+
 # %% ../nbs/09_trainer.ipynb #training-step
 def _training_step(trainer: "Trainer", micro_batches: list) -> float:
-    "Take one step on `micro_batches`; where a number is not finite, leave everything as it was."
-    config, start, model = trainer.config, time.perf_counter(), trainer.model
-    if not model.training:
-        model.train()
-    statistics = [(buffer, buffer.clone()) for buffer in trainer._statistics]
-    try:
-        with step_randomness(config.seed, trainer.step, trainer.device):
-            loss, count = accumulate_gradients(
-                trainer._forward, micro_batches, trainer.device, config.dtype == "bf16", config.ignore_index, config.label_smoothing
-            )
-        grad_norm = clip_gradients_(model, config.max_grad_norm)
-    except BaseException as error:
-        trainer.optimizer.zero_grad(set_to_none=True)
-        for buffer, before in statistics:
-            buffer.copy_(before)
-        if isinstance(error, FloatingPointError):
-            raise NonFiniteLossError(
-                f"step {trainer.step + 1}: {error} is not finite; expected a number. The weights are those of step {trainer.step}. "
-                f"Lower learning_rate (now {config.learning_rate:g}) or look at the batch."
-            ) from None
-        raise
-    rate = config.learning_rate * _schedule(config, trainer.step)
+    "Take one step on `micro_batches`, record it, and return its loss."
+    start, config = time.perf_counter(), trainer.config
+    if not trainer.model.training:
+        trainer.model.train()
+    loss, count, grad_norm = _gradients(trainer, micro_batches)
+    shape = (config.lr_scheduler_type, config.max_steps, config.warmup_steps, config.min_lr_ratio, config.decay_ratio)
+    rate = config.learning_rate * learning_rate_factor(trainer.step, *shape)
     for group in trainer.optimizer.param_groups:
         group["lr"] = rate
     trainer.optimizer.step()
-    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.model.zero_grad(set_to_none=True)
     trainer.step, trainer.tokens_seen = trainer.step + 1, trainer.tokens_seen + count
     _record(trainer, loss, rate, grad_norm, count / (time.perf_counter() - start))
     return loss
-
-
-def _schedule(config: TrainingConfig, step: int) -> float:
-    "Give the share of the learning rate that `config` asks for at `step`."
-    kind, ratios = config.lr_scheduler_type, (config.min_lr_ratio, config.decay_ratio)
-    return learning_rate_factor(step, kind, config.max_steps, config.warmup_steps, *ratios)
 
 # %% ../nbs/09_trainer.ipynb #record
 def _record(trainer: "Trainer", loss: float, rate: float, grad_norm: float, speed: float) -> None:
@@ -126,23 +145,34 @@ def _tell(trainer: "Trainer", event: str, *details: Any) -> None:
     for callback in (*trainer.callbacks, *trainer._progress):
         getattr(callback, event)(trainer, *details)
 
+# %% ../nbs/09_trainer.ipynb #evaluation-batches
+def _evaluation_batches(trainer: "Trainer", data: Any) -> tuple[Any, float | None]:
+    "Make finite batches of `data`, and tell how many bytes of text a token is on average, where that is known."
+    config, tokens = trainer.config, Tokens(data) if isinstance(data, (Tensor, np.ndarray)) else data
+    if isinstance(tokens, Tokens):
+        batches = Batches.sequential(tokens, min(config.block_size, max(1, len(tokens) - 1)), config.batch_size)
+        return batches, tokens.bytes / len(tokens) if tokens.bytes else None
+    if not is_batches(data) or isinstance(data, (Batches, Iterator)):
+        kind = type(data).__name__
+        raise DataError(f"eval_data: {kind}; expected Tokens, a 1-D LongTensor of tokens, or a finite list or loader that can be read again.")
+    return data, None
+
 # %% ../nbs/09_trainer.ipynb #evaluate-data
 def _evaluate(trainer: "Trainer", data: Any, stop: Any = None) -> dict:
     "Measure loss, perplexity and bits per byte on `data`."
-    config, tokens = trainer.config, Tokens(data) if isinstance(data, (Tensor, np.ndarray)) else data
-    if not isinstance(tokens, Tokens):
-        tokens = None
-        if not is_batches(data):
-            raise DataError(f"eval_data: {type(data).__name__}; expected Tokens, a 1-D LongTensor of tokens, or an iterable of batches.")
-    batches = data if tokens is None else Batches.sequential(tokens, config.block_size, config.batch_size)
-    batches = itertools.islice(batches, config.eval_batches)
-    loss, _ = mean_loss(trainer.model, batches, trainer.device, config.dtype == "bf16", config.ignore_index, stop)
-    known = tokens is not None and tokens.bytes
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),  # exp(710) is past float64
-        "bits_per_byte": bits_per_byte(loss, len(tokens), tokens.bytes) if known else None,
-    }
+    config, (batches, token_bytes) = trainer.config, _evaluation_batches(trainer, data)
+    bf16 = config.dtype == "bf16"
+    loss, _ = mean_loss(trainer.model, batches, trainer.device, bf16, config.ignore_index, config.eval_batches, stop)
+    perplexity = math.exp(min(loss, 700.0))  # exp(710) is past float64
+    return {"loss": loss, "perplexity": perplexity, "bits_per_byte": token_bytes and bits_per_byte(loss, 1, token_bytes)}
+
+# %% ../nbs/09_trainer.ipynb #identify-data
+def _identify_data(batches: Any, config: TrainingConfig) -> dict:
+    "Describe what decides which data step number n gets."
+    if isinstance(batches, Batches):
+        return batches.to_dict()
+    length = len(batches) if isinstance(batches, Sized) else None
+    return {"kind": "batches", "length": length, "seed": config.seed, "accumulation": config.gradient_accumulation_steps}
 
 # %% ../nbs/09_trainer.ipynb #check-data
 def _check_data(saved: dict | None, found: dict | None) -> None:
@@ -168,6 +198,8 @@ def _trainer_state(trainer: "Trainer") -> dict:
 # %% ../nbs/09_trainer.ipynb #load-trainer-state
 def _load_trainer_state_(trainer: "Trainer", state: dict) -> None:
     "Put `trainer` where `_trainer_state` found it; checks come first."
+    if missing := {"step", "tokens_seen", "history", "callbacks", "data", "rng"} - set(state):
+        raise CheckpointMismatchError("trainer state", f"no {', '.join(sorted(missing))}", "what Trainer.state_dict gives")
     _check_data(state["data"], trainer._data_identity)
     trainer._data_identity = state["data"] if trainer._data_identity is None else trainer._data_identity
     trainer.step, trainer.tokens_seen = state["step"], state["tokens_seen"]
@@ -186,7 +218,7 @@ def _load_trainer_state_(trainer: "Trainer", state: dict) -> None:
 def _save(trainer: "Trainer", run: Path) -> Path | None:
     "Publish a checkpoint of `trainer` under `run` and tell the callbacks; None where it failed and was forgiven."
     config = trainer.config
-    losses = trainer.history.eval_losses
+    losses = [loss for loss in trainer.history.eval_losses if loss is not None and math.isfinite(loss)]
     best = bool(losses) and losses[-1] == min(losses)
     try:
         path = save_checkpoint(
@@ -199,27 +231,42 @@ def _save(trainer: "Trainer", run: Path) -> Path | None:
             raise
         warnings.warn(f"step {trainer.step}: not saved ({error}); training goes on.", stacklevel=2)
         return None
-    trainer._failed_saves, trainer._saved_step = 0, trainer.step
+    trainer._failed_saves, trainer._saved_step, trainer._home = 0, trainer.step, run
     _tell(trainer, "on_save", path)
     return path
 
+# %% ../nbs/09_trainer.ipynb #follow-config
+def _follow_config_(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> None:
+    "Give the optimizer the config's settings again: a loaded state brings back those of the run that was saved."
+    for group in optimizer.param_groups:
+        decay = config.weight_decay if group["params"][0].ndim >= 2 else 0.0
+        group.update(betas=tuple(config.betas), eps=config.eps, weight_decay=decay)
+
+# %% ../nbs/09_trainer.ipynb #resume-from
+def _resume_from(trainer: "Trainer", source: str | os.PathLike) -> None:
+    "Load `source` into `trainer`; where the config differs from the saved one, the config counts."
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigError(f"resume_from_checkpoint: {source!r}; expected True, 'auto', or the path of a run or a step directory.")
+    checkpoint = load_checkpoint(source, model=trainer.model, optimizer=trainer.optimizer, trainer=trainer)
+    _follow_config_(trainer.optimizer, trainer.config)
+    trainer.vocab = checkpoint.vocab if trainer.vocab is None else trainer.vocab
+    trainer._saved_step, trainer._home = trainer.step, checkpoint.path.parent
+
 # %% ../nbs/09_trainer.ipynb #begin
 def _begin(trainer: "Trainer", resume: bool | str | os.PathLike | None, kept: bool) -> None:
-    "Resume if asked to; refuse to mix a new run with an old one; open the history file of a kept run."
+    "Resume if asked to; refuse to mix two runs in one directory; open the history file of a kept run."
     run = trainer.run_dir
     there = latest_checkpoint(run) if kept or resume == "auto" else None
     if resume and not (resume == "auto" and there is None):
-        source = run if resume is True or resume == "auto" else Path(resume)
-        checkpoint = load_checkpoint(source, model=trainer.model, optimizer=trainer.optimizer, trainer=trainer)
-        trainer.vocab, trainer._saved_step = trainer.vocab or checkpoint.vocab, trainer.step
-    elif there is not None and trainer.step == 0:
+        _resume_from(trainer, run if resume is True or resume == "auto" else resume)
+    if kept and there is not None and int(there.name.removeprefix("step-")) > trainer.step:
         hint = "Pass resume_from_checkpoint=True, or another run_name."
-        raise CheckpointWriteError(run, f"holds a run, {there.name}", "a new directory", hint)
+        raise CheckpointWriteError(run, f"holds a run, {there.name}", f"none after step {trainer.step}", hint)
     trainer.history.path = run / "history.jsonl" if kept else None
     try:
         trainer.history.rewind(trainer.step)
     except OSError as error:
-        raise CheckpointWriteError(run, error.strerror, "a directory that can be written", "Choose another output_dir.") from None
+        raise CheckpointWriteError(run, str(error.strerror), "a directory that can be written", "Choose another output_dir.") from None
 
 # %% ../nbs/09_trainer.ipynb #evaluate-if-due
 def _evaluate_if_due(trainer: "Trainer", signals: Signals) -> None:
@@ -229,14 +276,14 @@ def _evaluate_if_due(trainer: "Trainer", signals: Signals) -> None:
     if due and not any(r["step"] == step and "eval_loss" in r for r in trainer.history.records[-2:]):
         metrics = _evaluate(trainer, trainer.eval_data, lambda: signals.received)
         if not signals.received:
-            trainer.history.log(step=step, **{f"eval_{name}": value for name, value in metrics.items()})
+            trainer.history.log(step=step, **{f"eval_{name}": value for name, value in metrics.items() if value is not None})
             _tell(trainer, "on_evaluate", metrics)
 
 # %% ../nbs/09_trainer.ipynb #loop
 def _loop(trainer: "Trainer", batches: Any, signals: Signals) -> None:
     "Take steps until there is a reason not to."
     config = trainer.config
-    steps = micro_batches(batches, trainer.step, config.gradient_accumulation_steps)
+    steps = micro_batches(batches, trainer.step, config.gradient_accumulation_steps, config.seed)
     _evaluate_if_due(trainer, signals)
     while trainer.step < config.max_steps and not trainer._stopped and not signals.received:
         pieces = next(steps, None)
@@ -250,29 +297,49 @@ def _loop(trainer: "Trainer", batches: Any, signals: Signals) -> None:
         if config.save_steps and trainer.step % config.save_steps == 0:
             _save(trainer, trainer.run_dir)
 
+# %% ../nbs/09_trainer.ipynb #prepare
+def _prepare(trainer: "Trainer") -> Any:
+    "Check the data of both kinds, and return the training batches."
+    config, data = trainer.config, trainer.eval_data
+    batches = as_batches(trainer.train_data, config.block_size, config.batch_size * config.gradient_accumulation_steps, config.seed)
+    found = _identify_data(batches, config)
+    _check_data(trainer._data_identity if trainer.step else None, found)
+    if config.eval_steps and data is not None:
+        _evaluation_batches(trainer, data)
+        if isinstance(batches, Batches) and isinstance(data, Tokens):
+            check_split(batches.tokens, data)
+    trainer._data_identity, trainer._stopped = found, False
+    return batches
+
+# %% ../nbs/09_trainer.ipynb #finish
+def _finish(trainer: "Trainer", kept: bool, signals: Signals, error: BaseException | None) -> None:
+    "Save what is not saved yet, and tell the callbacks; nothing here hides `error`."
+    unsaved = trainer.step and trainer._saved_step != trainer.step and not isinstance(error, CheckpointError)
+    try:
+        if unsaved and (kept or signals.received):
+            _save(trainer, trainer.run_dir if kept or trainer._home == trainer.run_dir else _free_directory(trainer.run_dir))
+        _tell(trainer, "on_train_end")
+    except Exception as second:
+        if error is None:
+            raise
+        warnings.warn(f"train: {type(second).__name__} after {type(error).__name__}: {second}", stacklevel=2)
+
 # %% ../nbs/09_trainer.ipynb #train
 def _train(trainer: "Trainer", resume: bool | str | os.PathLike | None) -> History:
-    "Run the loop between its beginning and its end; save a kept run, and any run that a signal ends."
-    config, rows = trainer.config, trainer.config.batch_size * trainer.config.gradient_accumulation_steps
-    batches = as_batches(trainer.train_data, config.block_size, rows, config.seed)
-    found = batches.to_dict() if isinstance(batches, Batches) else None
-    _check_data(trainer._data_identity if trainer.step else None, found)
-    if isinstance(batches, Batches) and isinstance(trainer.eval_data, Tokens):
-        check_split(batches.tokens, trainer.eval_data)
-    trainer._data_identity, trainer._stopped = found, False
-    trainer._progress = [Progress()] if config.progress else []
-    kept = config.output_dir is not None or config.save_steps is not None
+    "Run the loop between its beginning and its end."
+    batches, error = _prepare(trainer), None
+    kept = trainer.config.output_dir is not None or trainer.config.save_steps is not None
+    trainer._progress = [Progress()] if trainer.config.progress else []
     with Signals() as signals:
         _begin(trainer, resume, kept)
-        _tell(trainer, "on_train_begin")
         try:
+            _tell(trainer, "on_train_begin")
             _loop(trainer, batches, signals)
+        except BaseException as caught:
+            error = caught
+            raise
         finally:
-            unsaved = trainer._saved_step != trainer.step
-            if unsaved and (signals.received or (kept and isinstance(sys.exc_info()[1], (NonFiniteLossError, type(None))))):
-                _save(trainer, trainer.run_dir if kept else _free_directory(trainer.run_dir))
-            _tell(trainer, "on_train_end")
-            trainer._progress = []
+            _finish(trainer, kept, signals, error)
     if signals.received:
         signals.leave()
     return trainer.history
@@ -305,10 +372,9 @@ class Trainer:
         self.optimizer = configure_optimizer(model, config.learning_rate, config.weight_decay, config.betas, config.eps)
         self.train_data, self.eval_data, self.step, self.tokens_seen, self.history = train_data, eval_data, 0, 0, History()
         stopping = [EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold)] if config.early_stopping_patience else []
-        self.callbacks = [*stopping, *callbacks]
+        self.callbacks = [*stopping, *_check_callbacks(callbacks)]
         self._forward = torch.compile(model) if config.compile else model
-        self._data_identity, self._stopped, self._failed_saves, self._saved_step, self._progress = None, False, 0, None, []
-        self._statistics = [b for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for b in m.buffers(recurse=False)]
+        self._data_identity, self._stopped, self._failed_saves, self._saved_step, self._home, self._progress = None, False, 0, None, None, []
         if config.deterministic:
             torch.use_deterministic_algorithms(True)
 
@@ -317,6 +383,7 @@ class Trainer:
         batch: Any,  # `(inputs, targets)`, a LongTensor `[B, T+1]`, or a dict with `labels`
     ) -> float:  # the loss of this step, in nats per counted target
         "Forward, loss, backward, clip, step, count, log; raise `NonFiniteLossError` and change nothing where a number is not one."
+        split_batch(batch)  # a look before it is cut
         return _training_step(self, split_rows(batch, self.config.gradient_accumulation_steps))
 
     def train(
@@ -381,6 +448,5 @@ def resume_training(
     trainer = Trainer(
         checkpoint.model, checkpoint.config, train_data=train_data, eval_data=eval_data, vocab=checkpoint.vocab, callbacks=callbacks, **overrides
     )
-    load_checkpoint(checkpoint.path, model=trainer.model, optimizer=trainer.optimizer, trainer=trainer)
-    trainer._saved_step = trainer.step
+    _resume_from(trainer, checkpoint.path)
     return trainer

@@ -401,3 +401,282 @@ def test_same_seed_same_everything():
     time.sleep(0)
     second.train()
     assert first.history.losses == second.history.losses
+
+
+# What an attack on the first version found
+
+
+class Shaky(torch.utils.data.Dataset):
+    "A data set that draws from three generators."
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        import random
+
+        import numpy as np
+
+        return torch.randn(6) * random.random() + np.random.rand(), torch.tensor(i % 3)
+
+
+def shaky(folder, **more):
+    torch.manual_seed(0)
+    loader = DataLoader(Shaky(), batch_size=8, shuffle=True)
+    settings = {"max_steps": 9, "save_steps": 1, "output_dir": str(folder), "eval_steps": 2, "progress": False, **more}
+    return Trainer(Wrapped(lambda y: y), train_data=loader, eval_data=loader, **settings)
+
+
+def test_a_loader_that_shuffles_and_augments_is_resumed_to_the_bit(tmp_path):
+    import random
+
+    whole = shaky(tmp_path / "a").train()
+    random.seed(5)
+    torch.rand(3)
+    again = shaky(tmp_path / "b")
+    assert again.train().losses == whole.losses and again.history.eval_losses == whole.eval_losses
+    for step in (1, 2, 3, 4, 7):
+        part = shaky(tmp_path / f"from{step}")
+        part.train(resume_from_checkpoint=again.run_dir / f"step-{step:010d}")
+        assert part.history.losses == whole.losses and part.history.eval_losses == whole.eval_losses, step
+
+
+def test_evaluate_moves_no_generator():
+    import random
+
+    import numpy as np
+
+    trainer = Trainer(Wrapped(lambda y: y), progress=False)
+    loader = DataLoader(Shaky(), batch_size=8, shuffle=True)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    first = trainer.evaluate(loader)
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert trainer.evaluate(loader) == first
+
+
+class Averager(nn.Module):
+    "Buffers that a forward pass writes in place and by assignment."
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x):
+        self.mean.mul_(0.9).add_(0.1 * x.mean(0))
+        self.count = self.count + 1
+        return self.net(x)
+
+
+def test_a_refused_step_leaves_every_buffer():
+    torch.manual_seed(0)
+    trainer = Trainer(Averager(), **QUIET)
+    good = torch.randn(8, 4), torch.randint(3, (8,))
+    trainer.training_step(good)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(NonFiniteLossError):
+        trainer.training_step((good[0] * math.nan, good[1]))
+    with pytest.raises(ValueError):
+        trainer.training_step((good[0], good[1] + 3))
+    after = trainer.model.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items()) and int(after["count"]) == 1
+
+
+def test_gradients_left_in_the_model_are_not_part_of_a_step():
+    batch = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+    clean, dirty = Trainer(Wrapped(lambda y: y), **QUIET), Trainer(Wrapped(lambda y: y), **QUIET)
+    (dirty.model(batch[0]).sum() * 5).backward()
+    clean.training_step(batch)
+    dirty.training_step(batch)
+    assert clean.history.records[0]["grad_norm"] == dirty.history.records[0]["grad_norm"]
+    assert all(torch.equal(a, b) for a, b in zip(clean.model.parameters(), dirty.model.parameters()))
+
+
+def test_settings_given_at_resume_count(tmp_path):
+    run(tmp_path, max_steps=3).train()
+    more = resume_training(tmp_path / "run", train_data=IDS, weight_decay=0.0, betas=(0.5, 0.6), eps=1e-6)
+    assert {(g["weight_decay"], tuple(g["betas"]), g["eps"]) for g in more.optimizer.param_groups} == {(0.0, (0.5, 0.6), 1e-6)}
+    same = resume_training(tmp_path / "run", train_data=IDS)
+    assert sorted(g["weight_decay"] for g in same.optimizer.param_groups) == [0.0, 0.1]
+
+
+def test_a_run_inside_an_except_block_is_saved(tmp_path):
+    try:
+        raise KeyError
+    except KeyError:
+        trainer = Trainer(tiny(), train_data=IDS, max_steps=2, output_dir=tmp_path, **QUIET)
+        trainer.train()
+    assert latest_checkpoint(trainer.run_dir).name == "step-0000000002"
+
+
+def test_an_error_in_the_middle_of_a_kept_run_loses_no_step(tmp_path):
+    class Fail(Callback):
+        def on_step_end(self, trainer):
+            if trainer.step == 3:
+                raise ZeroDivisionError
+
+        def on_train_end(self, trainer):
+            raise KeyError("a second error must not hide the first")
+
+    trainer = Trainer(tiny(), train_data=IDS, max_steps=9, output_dir=tmp_path, callbacks=[Fail()], **QUIET)
+    with pytest.raises(ZeroDivisionError), pytest.warns(UserWarning, match="KeyError after ZeroDivisionError"):
+        trainer.train()
+    assert latest_checkpoint(trainer.run_dir).name == "step-0000000003"
+
+
+def test_two_runs_do_not_mix_in_one_directory(tmp_path):
+    run(tmp_path / "a", max_steps=6).train()
+    with pytest.raises(CheckpointError, match="expected none after step 3"):
+        run(tmp_path / "a").train(resume_from_checkpoint=tmp_path / "a" / "run" / "step-0000000003")
+    run(tmp_path / "b", max_steps=8).train()
+    with pytest.raises(CheckpointError, match="holds a run, step-0000000008"):
+        run(tmp_path / "b").train(resume_from_checkpoint=tmp_path / "a" / "run")
+
+
+@pytest.mark.parametrize("bad", [5, "text", (x for x in [1]), Batches(Tokens(IDS), 16, 4)])
+def test_evaluation_data_are_looked_at_before_the_first_step(bad):
+    trainer = Trainer(tiny(), train_data=IDS, eval_data=bad, eval_steps=5, max_steps=9, **QUIET)
+    with pytest.raises(DataError, match="eval_data"):
+        trainer.train()
+    assert trainer.step == 0
+
+
+def test_short_held_out_text_is_enough():
+    trainer = Trainer(tiny(), train_data=IDS, eval_data=IDS[:5], eval_steps=1, max_steps=1, **QUIET)
+    assert len(trainer.train().eval_losses) == 1
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("bad", [None, "hello", 3, {"input_ids": IDS[:16][None], "labels": [1, 2]}, torch.rand(4, 5)])
+def test_a_batch_of_the_wrong_kind_is_one_line(bad, pieces):
+    trainer = Trainer(tiny(), gradient_accumulation_steps=pieces, **QUIET)
+    with pytest.raises(DataError, match="batch: .*expected") as caught:
+        trainer.training_step(bad)
+    assert "\n" not in str(caught.value) and trainer.step == 0
+
+
+def test_switches_in_a_dict_go_with_every_piece():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    batch = {"input_ids": IDS[:64].reshape(4, 16), "labels": IDS[:64].reshape(4, 16), "use_cache": False}
+    expected = model(**batch).loss.item()
+    assert Trainer(model, gradient_accumulation_steps=2, **QUIET).training_step(batch) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertForTokenClassification"])
+def test_labels_of_models_that_are_not_causal_are_not_shifted(kind):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=5,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = getattr(transformers, kind)(config)
+    batch = {"input_ids": IDS[:32].reshape(2, 16), "labels": IDS[:32].reshape(2, 16) % 5}
+    expected = model(**batch).loss.item()
+    trainer = Trainer(model, **QUIET)
+    assert trainer.evaluate([batch])["loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.training_step(batch) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [Callback, lambda trainer: None, 3])
+def test_callbacks_are_checked(bad):
+    for given in (bad, [bad]):
+        with pytest.raises(ConfigError, match="callbacks: .*; expected a list of Callback objects"):
+            Trainer(tiny(), callbacks=given)
+
+
+def test_other_data_of_any_kind_is_refused(tmp_path):
+    rows = [IDS[i * 17 : (i + 1) * 17][None] for i in range(5)]
+    settings = {"max_steps": 3, "output_dir": tmp_path, **QUIET}
+    Trainer(tiny(), train_data=rows, **settings).train()
+    for data, more in ((rows[:4], {}), (IDS, {}), (rows, {"seed": 4}), (rows, {"gradient_accumulation_steps": 2})):
+        with pytest.raises(CheckpointMismatchError, match="train_data"):
+            Trainer(tiny(), train_data=data, **{**settings, "max_steps": 5, **more}).train(resume_from_checkpoint=True)
+
+
+def test_history_holds_what_a_resume_gives_back(tmp_path):
+    import json
+
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    data = [(x, x[:, :3].argmax(-1))]
+
+    def start(folder, **more):
+        return Trainer(Wrapped(lambda y: y), train_data=data, eval_data=data, eval_steps=2, output_dir=folder, progress=False, **more)
+
+    whole = start(tmp_path / "a", max_steps=6)
+    whole.train()
+    start(tmp_path / "b", max_steps=3).train()
+    start(tmp_path / "b", max_steps=6).train(resume_from_checkpoint=True)
+    lines = [[json.loads(line) for line in (tmp_path / f / "run" / "history.jsonl").read_text().splitlines()] for f in "ab"]
+    for records in lines:
+        for record in records:
+            record.pop("tokens_per_second", None)
+    # The shorter run evaluated once more, after its own last step.
+    assert [r for r in lines[1] if not (r["step"] == 3 and "eval_loss" in r)] == lines[0]
+
+
+def test_a_note_in_the_history_stays_out_of_the_checkpoint(tmp_path):
+    class Note(Callback):
+        def on_step_end(self, trainer):
+            trainer.history.records[-1]["note"] = "hello"
+            trainer.history.log(step=trainer.step, extra=torch.tensor(2.5), wild=math.inf)
+
+    trainer = Trainer(tiny(), train_data=IDS, max_steps=2, callbacks=[Note()], output_dir=tmp_path, **QUIET)
+    trainer.train()
+    state = load_checkpoint(trainer.run_dir, model=tiny()).training_state["history"]
+    assert "note" not in state and state["extra"].tolist().count(2.5) == 2
+    assert '"wild": null' in (trainer.run_dir / "history.jsonl").read_text()
+
+
+def test_interrupted_twice_without_a_place(tmp_path):
+    program = PROGRAM.replace("output_dir=sys.argv[1], ", "").replace("torch.manual_seed(int", "import os; os.chdir(sys.argv[1]); torch.manual_seed(int")
+    reached = []
+    for wait in ("3", None):
+        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), "0"], stdout=subprocess.PIPE, text=True)
+        first = process.stdout.readline().strip()
+        while wait and process.stdout.readline().strip() != wait:
+            pass
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert process.returncode == 143
+        reached.append((int(first), int(latest_checkpoint(tmp_path / "checkpoints" / "run").name.removeprefix("step-"))))
+    assert reached[1][0] == reached[0][1] + 1 and reached[1][1] > reached[0][1]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["run"]
+
+
+def test_raw_errors_are_ours():
+    from qtlm.model import ModelInputError
+    from qtlm.optim import OptimizerError
+
+    with pytest.raises(OptimizerError, match="none of 4 parameters"):
+        Trainer(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).requires_grad_(False))
+    with pytest.raises(OptimizerError, match="sparse"):
+        Trainer(nn.Sequential(nn.Embedding(4, 4, sparse=True), nn.Linear(4, 4)))
+
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.net(x).detach()
+
+    with pytest.raises(ModelInputError, match="no trainable parameter"):
+        Trainer(Detached(), **QUIET).training_step((torch.randn(2, 4), torch.tensor([0, 1])))
+    with pytest.raises(ConfigError, match="resume_from_checkpoint: 5"):
+        Trainer(tiny(), train_data=IDS, max_steps=1, **QUIET).train(resume_from_checkpoint=5)
+    trainer = Trainer(tiny(), **QUIET)
+    with pytest.raises(CheckpointMismatchError, match="no callbacks, data"):
+        trainer.load_state_dict({"step": 4, "tokens_seen": 3, "history": {}, "rng": {}})
+    assert trainer.step == 0
+
+
+def test_a_model_of_transformers_says_its_context():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    history = Trainer(transformers.GPT2LMHeadModel(config), train_data=IDS, max_steps=1, **QUIET).train()
+    assert history.records[0]["tokens"] == 4 * 32
