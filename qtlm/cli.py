@@ -195,10 +195,10 @@ def _generate(
     print(loaded.vocab.decode(ids))
 
 # %% ../nbs/14_cli.ipynb #demo-settings
-# What two cores can do in about three minutes: 3.3 M parameters see 1.5 M bytes of text. The other fields are TrainingConfig's defaults.
+# What two cores can do in about three minutes: 3.3 M parameters see 1.2 M bytes of text. The other fields are TrainingConfig's defaults.
 _DEMO = dict(
     model={"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "block_size": 256},
-    max_steps=750, batch_size=8, block_size=256, learning_rate=2e-3, lr_scheduler_type="cosine", dtype="bf16", eval_batches=8, save_total_limit=2,
+    max_steps=600, batch_size=8, block_size=256, learning_rate=2e-3, lr_scheduler_type="cosine", dtype="bf16", eval_batches=8, save_total_limit=2,
 )  # fmt: skip
 _MODES = {"float32": None, "INT8": 8, "INT4": 4}
 
@@ -320,7 +320,7 @@ def _write_report(report: dict, history, out: Path) -> None:
 def _demo(
     text: str = None,  # file, folder or glob to learn from; default: the source of Python's standard library
     config: str = None,  # YAML or JSON with settings for training; default: the demo's own
-    steps: int = None,  # training steps; default: 750, or what the config says
+    steps: int = None,  # training steps; default: 600, or what the config says
     out: str = "checkpoints/demo",  # where everything is written; a run that was interrupted there goes on
     seed: int = None,  # the same seed on the same machine gives the same report
 ):
