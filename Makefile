@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 # The first sentence a user reads should be about them, not about pip.
 SAY = @printf '%s\n'
 
-.PHONY: demo test test-all lint book readme bench clean help
+.PHONY: demo test test-all coverage lint book readme bench clean help
 
 help:
 	@printf 'make demo      train, quantize, compare (results in checkpoints/demo)\nmake test      the tests\nmake test-all  the tests, the long ones too\nmake book      export, run and clean the notebooks; README.md\nmake bench     the benchmarks\nmake lint      ruff\n'
@@ -30,6 +30,9 @@ test: .venv/.dev
 
 test-all: .venv/.dev
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+coverage: .venv/.dev
+	@$(BIN)/python -m pytest -q -m 'not slow' --cov=qtlm --cov-report=term-missing:skip-covered $(ARGS)
 
 lint: .venv/.dev
 	@$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPORTS = {"export", "exports", "exporti"}
-DIRECTIVES = EXPORTS | {"default_exp", "hide"}
+DIRECTIVES = EXPORTS | {"default_exp", "echo", "hide"}
 ASSERTION_WINDOW = 5
 MAX_LINES, MAX_MEDIAN, MAX_CLASS_LINES, MAX_RUN = 40, 10, 80, 3
 MAX_CELLS, MAX_BYTES, MAX_PNG = 80, 300_000, 30_000
@@ -244,6 +244,16 @@ def is_overload(node):
     return any("overload" in ast.dump(d) or "setter" in ast.dump(d) for d in getattr(node, "decorator_list", []))
 
 
+def inherited_methods(nb, node):
+    "Return the methods that bases of the class, defined in the same notebook, document already: `help` shows an override those."
+    bases = {getattr(base, "id", "") for base in node.bases}
+    found = set()
+    for name, (_, base) in public_definitions(nb).items():
+        if name in bases and isinstance(base, ast.ClassDef):
+            found |= {inner.name for inner in base.body if isinstance(inner, ast.FunctionDef) and inner.name != "__init__"}
+    return found
+
+
 def undocumented(nb):
     "Return the public names without docstring, comment, or a comment for each parameter or field."
     found = []
@@ -255,7 +265,8 @@ def undocumented(nb):
                 found.append(f"{cell['id']}: constant {name} has no comment; say why it is what it is, or start its name with _")
             continue
         if isinstance(node, ast.ClassDef):
-            node.body = [inner for inner in node.body if not is_overload(inner)]
+            inherited = inherited_methods(nb, node)
+            node.body = [inner for inner in node.body if not is_overload(inner) and getattr(inner, "name", "") not in inherited]
         found += [f"{cell['id']}: {text}" for text in undocumented_in(node, comments, alone)]
     return found
 

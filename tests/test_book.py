@@ -181,7 +181,7 @@ def run(tmp_path_factory):
     "All notebooks, run once by nbdev-test in a copy of the tree."
     scratch = tmp_path_factory.mktemp("run") / "tree"
     skip = shutil.ignore_patterns(".git", ".venv*", "venv", "_docs", "_proc", "*.egg-info", "__pycache__", ".pytest_cache", ".hypothesis", ".ruff_cache",
-                                  ".ipynb_checkpoints", "checkpoints", "demo*", "runs", "build", "dist")
+                                  ".ipynb_checkpoints", "checkpoints", "runs", "build", "dist")
     shutil.copytree(ROOT, scratch, ignore=skip, symlinks=True)
     before, stored = tree_files(scratch), {p.name: book.read(p) for p in book.chapters(scratch / "nbs")}
     command = [tool("nbdev-test"), "--save", "--n-workers", str(min(2, os.cpu_count() or 1))]
