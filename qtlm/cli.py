@@ -198,7 +198,7 @@ def _generate(
 # What two cores can do in about three minutes: 3.3 M parameters see 1.2 M bytes of text. The other fields are TrainingConfig's defaults.
 _DEMO = dict(
     model={"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "block_size": 256},
-    max_steps=600, batch_size=8, block_size=256, learning_rate=2e-3, lr_scheduler_type="cosine", dtype="bf16", eval_batches=8, save_total_limit=2,
+    max_steps=600, batch_size=8, block_size=256, learning_rate=1.2e-3, lr_scheduler_type="cosine", dtype="bf16", eval_batches=8, save_total_limit=2,
 )  # fmt: skip
 _MODES = {"float32": None, "INT8": 8, "INT4": 4}
 
