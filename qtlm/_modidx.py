@@ -591,6 +591,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'qtlm.trainer._resolve_device': ('trainer.html#_resolve_device', 'qtlm/trainer.py'),
                               'qtlm.trainer._resume_from': ('trainer.html#_resume_from', 'qtlm/trainer.py'),
                               'qtlm.trainer._save': ('trainer.html#_save', 'qtlm/trainer.py'),
+                              'qtlm.trainer._spread': ('trainer.html#_spread', 'qtlm/trainer.py'),
                               'qtlm.trainer._tell': ('trainer.html#_tell', 'qtlm/trainer.py'),
                               'qtlm.trainer._train': ('trainer.html#_train', 'qtlm/trainer.py'),
                               'qtlm.trainer._trainer_state': ('trainer.html#_trainer_state', 'qtlm/trainer.py'),

@@ -339,7 +339,8 @@ def _demo(
     trainer.train(resume_from_checkpoint="auto")
     models, sizes = _shrink_and_reload(trainer, folder)
     comparison = compare(models, held_out, progress=lambda batches: _progress(batches, "evaluate"))
-    samples = _write_samples(models, vocab, held_out.vocab.decode(held_out[:40]), settings.seed)
+    prompt = vocab.decode(held_out[:200]).partition("\n")[2][:40] or vocab.decode(held_out[:40])  # from the beginning of a line on
+    samples = _write_samples(models, vocab, prompt, settings.seed)
     report = _make_report(settings, trainer, comparison, sizes, samples)
     _write_report(report, trainer.history, folder)
     print(_table(report))

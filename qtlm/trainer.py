@@ -157,11 +157,18 @@ def _evaluation_batches(trainer: "Trainer", data: Any) -> tuple[Any, float | Non
         raise DataError(f"eval_data: {kind}; expected Tokens, a 1-D LongTensor of tokens, or a finite list or loader that can be read again.")
     return data, None
 
+# %% ../nbs/09_trainer.ipynb #spread
+def _spread(batches: Any, limit: int | None) -> Any:
+    "Choose `limit` batches, spread evenly where they can be indexed; all where there are no more."
+    if limit is None or not isinstance(batches, Sized) or not hasattr(batches, "__getitem__") or len(batches) <= limit:
+        return batches
+    return (batches[i * len(batches) // limit] for i in range(limit))
+
 # %% ../nbs/09_trainer.ipynb #evaluate-data
 def _evaluate(trainer: "Trainer", data: Any, stop: Any = None) -> dict:
     "Measure loss, perplexity and bits per byte on `data`."
     config, (batches, token_bytes) = trainer.config, _evaluation_batches(trainer, data)
-    bf16 = config.dtype == "bf16"
+    bf16, batches = config.dtype == "bf16", _spread(batches, config.eval_batches)
     loss, _ = mean_loss(trainer.model, batches, trainer.device, bf16, config.ignore_index, config.eval_batches, stop)
     perplexity = math.exp(min(loss, 700.0))  # exp(710) is past float64
     return {"loss": loss, "perplexity": perplexity, "bits_per_byte": token_bytes and bits_per_byte(loss, 1, token_bytes)}

@@ -680,3 +680,10 @@ def test_a_model_of_transformers_says_its_context():
     config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     history = Trainer(transformers.GPT2LMHeadModel(config), train_data=IDS, max_steps=1, **QUIET).train()
     assert history.records[0]["tokens"] == 4 * 32
+
+
+def test_a_short_evaluation_is_spread_over_the_text():
+    half = torch.cat([torch.zeros(160, dtype=torch.long), torch.full((160,), 7)])
+    trainer = Trainer(tiny(), eval_data=half, eval_batches=2, progress=False, batch_size=1)
+    zeros, sevens = trainer.evaluate(half[:17])["loss"], trainer.evaluate(half[-17:])["loss"]
+    assert trainer.evaluate()["loss"] == pytest.approx((zeros + sevens) / 2, abs=1e-5) and abs(zeros - sevens) > 0.01
