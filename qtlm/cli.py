@@ -100,7 +100,7 @@ def _load_settings(
 
 # %% ../nbs/14_cli.ipynb #train
 def _train(
-    *settings: str,  # a YAML or JSON file, then `name=value` pairs: text=book.txt learning_rate=1e-3 model.hidden_size=256
+    *settings: str,  # a YAML or JSON file, then `name=value` pairs: text=book.txt learning_rate=1e-3 model.num_hidden_layers=6
     resume: bool = False,  # go on from the newest checkpoint of this run
 ):
     "Train a small language model. Example: qtlm train text=book.txt max_steps=2000 run_name=book"
