@@ -791,7 +791,7 @@ def _merge(kind: type, tree: dict, where: dict, overrides: tuple[str, ...]) -> l
 # %% ../nbs/01_config.ipynb #load-config
 def load_config(
     path: str | os.PathLike | Mapping | None,  # .yaml, .yml or .json file of at most 256 KiB; or a mapping; None: nothing but defaults
-    *overrides: str,  # `key=value`, such as `learning_rate=1e-3` or `model.hidden_size=256`; of two for one key the later counts
+    *overrides: str,  # `key=value`, such as `learning_rate=1e-3` or `model.hidden_size=384`; of two for one key the later counts
     kind: type[Config] = TrainingConfig,  # class of the configuration
 ) -> Config:  # an instance of `kind`
     "Read a configuration, or raise one `ConfigError` with a line for each problem in the file and the overrides."

@@ -178,7 +178,10 @@ def _identify_data(batches: Any, config: TrainingConfig) -> dict:
     "Describe what decides which data step number n gets."
     if isinstance(batches, Batches):
         return batches.to_dict()
-    length = len(batches) if isinstance(batches, Sized) else None
+    try:
+        length = len(batches)
+    except TypeError:  # a generator, or a loader around an iterable of unknown length
+        length = None
     return {"kind": "batches", "length": length, "seed": config.seed, "accumulation": config.gradient_accumulation_steps}
 
 # %% ../nbs/09_trainer.ipynb #check-data

@@ -687,3 +687,13 @@ def test_a_short_evaluation_is_spread_over_the_text():
     trainer = Trainer(tiny(), eval_data=half, eval_batches=2, progress=False, batch_size=1)
     zeros, sevens = trainer.evaluate(half[:17])["loss"], trainer.evaluate(half[-17:])["loss"]
     assert trainer.evaluate()["loss"] == pytest.approx((zeros + sevens) / 2, abs=1e-5) and abs(zeros - sevens) > 0.01
+
+
+def test_a_loader_of_unknown_length_trains():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            for i in range(6):
+                yield torch.full((6,), float(i)), torch.tensor(i % 3)
+
+    history = Trainer(Wrapped(lambda y: y), train_data=DataLoader(Stream(), batch_size=2), max_steps=5, progress=False).train()
+    assert len(history) == 5
