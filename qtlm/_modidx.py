@@ -47,6 +47,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'qtlm.cli._load_settings': ('cli.html#_load_settings', 'qtlm/cli.py'),
                           'qtlm.cli._make_report': ('cli.html#_make_report', 'qtlm/cli.py'),
                           'qtlm.cli._plot_sizes': ('cli.html#_plot_sizes', 'qtlm/cli.py'),
+                          'qtlm.cli._printable': ('cli.html#_printable', 'qtlm/cli.py'),
                           'qtlm.cli._progress': ('cli.html#_progress', 'qtlm/cli.py'),
                           'qtlm.cli._quantize': ('cli.html#_quantize', 'qtlm/cli.py'),
                           'qtlm.cli._read_text': ('cli.html#_read_text', 'qtlm/cli.py'),

@@ -63,6 +63,11 @@ def _progress(
 
     return tqdm(items, desc=what, total=total, file=sys.stderr)
 
+# %% ../nbs/14_cli.ipynb #printable
+def _printable(text: str) -> str:
+    "Replace the characters that would command a terminal by a mark; line breaks and tabs stay."
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
 # %% ../nbs/14_cli.ipynb #read-text
 def _read_text(config, vocab=None) -> tuple:
     "Read the text that `config` names; return vocabulary, training tokens and held-out tokens."
@@ -192,7 +197,8 @@ def _generate(
     ids = generate(
         loaded.model, loaded.vocab.encode(prompt), max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
-    print(loaded.vocab.decode(ids))
+    text = loaded.vocab.decode(ids)
+    print(_printable(text) if sys.stdout.isatty() else text)
 
 # %% ../nbs/14_cli.ipynb #demo-settings
 # What two cores can do in about three minutes: 3.3 M parameters see 1.2 M bytes of text. The other fields are TrainingConfig's defaults.
@@ -345,7 +351,7 @@ def _demo(
     _write_report(report, trainer.history, folder)
     print(_table(report))
     for name, sample in samples.items():
-        print(f"\n{name} writes:\n{sample}")
+        print(f"\n{name} writes:\n{_printable(sample)}")
     print(f"\nWritten to {folder}: report.json, loss.png, sizes.png, and the models under models/.", file=sys.stderr)
 
 # %% ../nbs/14_cli.ipynb #adopt-customs
