@@ -17,6 +17,7 @@ import torch
 from qtlm import ModelConfig, TinyLM
 
 RESULTS = Path(__file__).parent / "results"
+ROW_KEYS = ("seconds", "speedup", "speedup_low", "speedup_high")  # what `in_turn` gives; other figures of a row are printed as they are
 # 12.2 M parameters: large enough that matrices dominate, small enough for two cores.
 SHAPE = dict(
     vocab_size=4096, hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024, block_size=256
@@ -83,5 +84,3 @@ def report(name: str, tables: dict[str, dict]) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), **tables}, indent=2) + "\n")
 
-
-ROW_KEYS = ("seconds", "speedup", "speedup_low", "speedup_high")
