@@ -30,13 +30,15 @@ _HOME = {
     "stdlib_text": "data",
     "ModelInputError": "model",
     "TinyLM": "model",
-    "QuantEmbedding": "quantization",
-    "QuantLinear": "quantization",
-    "QuantizationError": "quantization",
-    "QuantizationInfo": "quantization",
-    "QuantizationReport": "quantization",
+    "QuantEmbedding": "layers",
+    "QuantLinear": "layers",
+    "QuantizationError": "layers",
+    "QuantizationInfo": "account",
+    "QuantizationReport": "account",
+    "Calibration": "calibration",
+    "calibrate": "calibration",
     "dequantize_model": "quantization",
-    "get_quantization_info": "quantization",
+    "get_quantization_info": "account",
     "quantize_model_ptq": "quantization",
     "configure_optimizer": "optim",
     "Checkpoint": "checkpoint",
@@ -55,8 +57,8 @@ _HOME = {
     "evaluate": "evaluation",
 }
 _MODULES = (
-    "checkpoint", "cli", "config", "data", "evaluation", "generation", "history", "kernels", "loss", "model", "optim", "quantization",
-    "step", "storage", "trainer",
+    "account", "batches", "calibration", "checkpoint", "cli", "config", "data", "evaluation", "generation", "history", "kernels", "layers",
+    "loss", "model", "observers", "optim", "plan", "quantization", "rounding", "step", "storage", "trainer",
 )  # fmt: skip
 __all__ = sorted(_HOME)
 
@@ -76,6 +78,11 @@ def __dir__():
 
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__; a test keeps it equal to _HOME
+    from .account import QuantizationInfo as QuantizationInfo
+    from .account import QuantizationReport as QuantizationReport
+    from .account import get_quantization_info as get_quantization_info
+    from .calibration import Calibration as Calibration
+    from .calibration import calibrate as calibrate
     from .checkpoint import Checkpoint as Checkpoint
     from .checkpoint import load_checkpoint as load_checkpoint
     from .checkpoint import save_checkpoint as save_checkpoint
@@ -104,6 +111,9 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .generation import generate as generate
     from .history import Callback as Callback
     from .history import History as History
+    from .layers import QuantEmbedding as QuantEmbedding
+    from .layers import QuantizationError as QuantizationError
+    from .layers import QuantLinear as QuantLinear
     from .loss import LossError as LossError
     from .loss import bits_per_byte as bits_per_byte
     from .loss import compute_loss as compute_loss
@@ -111,13 +121,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .model import ModelInputError as ModelInputError
     from .model import TinyLM as TinyLM
     from .optim import configure_optimizer as configure_optimizer
-    from .quantization import QuantEmbedding as QuantEmbedding
-    from .quantization import QuantLinear as QuantLinear
-    from .quantization import QuantizationError as QuantizationError
-    from .quantization import QuantizationInfo as QuantizationInfo
-    from .quantization import QuantizationReport as QuantizationReport
     from .quantization import dequantize_model as dequantize_model
-    from .quantization import get_quantization_info as get_quantization_info
     from .quantization import quantize_model_ptq as quantize_model_ptq
     from .storage import CheckpointError as CheckpointError
     from .trainer import NonFiniteLossError as NonFiniteLossError

@@ -286,9 +286,16 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Bits = Annotated[Literal[8, 4], BeforeValidator(_check_whole)]
 _Blocksize = Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_check_whole)]
 _GroupSize = Annotated[int, AfterValidator(_check_group_size)]
+_Rounding = Literal["nearest", "mse", "gptq", "hqq"]
+_Observer = Literal["minmax", "moving_average", "percentile", "mse", "histogram"]
+
+
+class _Overrides(dict):
+    "A mapping that is hashed by what it says, as the rest of a configuration is."
+    __hash__ = lambda self: hash(json.dumps(self, sort_keys=True, default=str))
 
 # %% ../nbs/01_config.ipynb #kind
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a list of"}
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a list of", dict: "a mapping of"}
 
 
 def _kind(annotation: Any) -> tuple[Any, bool]:
@@ -553,9 +560,24 @@ def _group_rule(c: BaseModel, prefix: str = "") -> Iterator[_Problem]:
                        also=(f"{prefix}bits",))
 
 
+_PER_LAYER = ("bits", "type", "group_size", "rounding", "observer", "symmetric", "percentile")  # what `overrides` may change
+
+
+def _override_rule(c: BaseModel) -> Iterator[_Problem]:
+    "An override is a mapping of fields that a layer can have for itself, with values that they take."
+    for pattern, fields in c.overrides.items():
+        for name in [name for name in fields if _names(type(c)).get(name) not in _PER_LAYER]:
+            hint = _near_name(type(c), name) if name not in _names(type(c)) else ""
+            yield _Problem(("overrides", pattern, name), "no setting of a single layer", f"one of {', '.join(_PER_LAYER)}", hint)
+            break
+        else:
+            try: c.for_layer(fields)
+            except ConfigError as error: yield from (problem._replace(loc=("overrides", pattern, *problem.loc)) for problem in error._problems)
+
+
 class QuantizationConfig(Config):
     "How a model is quantized: what `quantize_model_ptq` and `prepare_qat` are told."
-    _rules = (_group_rule,)
+    _rules = (_group_rule, _override_rule)
     mode: Literal["ptq", "qat"] = _field(
         "ptq", "When to round: after training (ptq) or already while training (qat)", unit="name", example="qat",
         aliases=("quantization_mode",))  # needs nothing but the model
@@ -567,12 +589,35 @@ class QuantizationConfig(Config):
     group_size: _GroupSize | None = _field(
         None, "Weights of a row that share a scale, for 4 bits; -1: the whole row; null: adapts to each layer", unit="weights",
         range=_GROUPS, example=32, needs={"bits": 4}, aliases=("quantization_group_size",))
+    rounding: _Rounding | None = _field(
+        None, "How a weight gets its code: the nearest one; with scales of least squared error (mse) or least |error|^p (hqq); so that outputs "
+        "on calibration data change least (gptq); null: nearest at 8 bits, mse at 4", unit="name", example="gptq",
+        aliases=("quantization_rounding",))
+    observer: _Observer = _field(
+        "mse", "What fixes the range of static activations", unit="name", example="percentile", aliases=("quantization_observer",))
+    symmetric: bool = _field(
+        False, "Static activations get the same range on both sides of zero", unit="switch", example=True, aliases=("sym",))
+    percentile: float = _field(
+        99.99, "Share of static activations inside the range of the observer `percentile`", unit="percent", gt=50, le=100, example=99.9)
     quantize_embedding: bool = _field(True, "Quantize embeddings too", unit="switch", example=False)  # the largest tensor of a small model
     embedding_bits: _Bits = _field(
         8, "Bits of an embedding's weight", unit="bits", example=4)  # 8 in 4-bit models too: the most sensitive tensor
     skip_modules: _Names = _field(
         (), "Modules to leave as they are, in addition to the defaults", unit="module names", range="names or globs", example=["lm_head"],
         aliases=("quantization_skip_modules", "modules_to_not_convert", "llm_int8_skip_modules", "ignore"))
+    overrides: Annotated[dict[_Text, dict[_Text, Any]], AfterValidator(_Overrides)] = _field(
+        {}, "Settings of single layers, by name or glob; of several that match, the last wins", unit="settings by module name",
+        range="names or globs with a mapping each", example={"layers.0.*": {"bits": 8}}, aliases=("quantization_overrides",), validate_default=True)
+
+    def for_layer(
+        self,
+        fields: Mapping,  # what an override says, by any of the fields' names
+    ) -> "QuantizationConfig":  # the configuration of that layer
+        "Return what holds for a layer with an override: its own settings, and for the rest those of the model."
+        own, _ = _rename(type(self), fields)
+        general = {name: getattr(self, name) for name in self.model_fields_set & set(_PER_LAYER)}
+        if "bits" in own and own["bits"] != 4: general.pop("group_size", None)  # asked for of the 4-bit layers
+        return type(self)(**general | own)
 
 # %% ../nbs/01_config.ipynb #learning-fields
 class _LearningFields(Config):
@@ -686,6 +731,9 @@ class TrainingConfig(_RunFields, _LearningFields):
     quantization_group_size: _GroupSize | None = _field(
         None, "Weights of a row that share a scale, for 4 bits; -1: the row; null: adapts to each layer", unit="weights", range=_GROUPS,
         example=32, needs={"quantization_bits": 4})
+    quantization_rounding: _Rounding | None = _field(
+        None, "How a weight gets its code; null: nearest at 8 bits, mse at 4", unit="name", example="hqq")
+    quantization_observer: _Observer = _field("mse", "What fixes the range of static activations", unit="name", example="percentile")
     quantization_skip_modules: _Names = _field(
         (), "Modules to leave as they are, in addition to the defaults", unit="module names", range="names or globs", example=["lm_head"],
         aliases=("modules_to_not_convert", "llm_int8_skip_modules"))
@@ -697,7 +745,8 @@ class TrainingConfig(_RunFields, _LearningFields):
 
     def quantization(self) -> QuantizationConfig:  # with mode `ptq` where quantization_mode is None
         "Return what the quantization fields say, in the form that the verbs of quantization take."
-        fields = {name: getattr(self, f"quantization_{name}") for name in ("mode", "bits", "type", "group_size", "skip_modules")}
+        names = ("mode", "bits", "type", "group_size", "rounding", "observer", "skip_modules")
+        fields = {name: getattr(self, f"quantization_{name}") for name in names}
         return QuantizationConfig(**{name: value for name, value in fields.items() if value is not None})
 
 # %% ../nbs/01_config.ipynb #override

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .batches import context_length, evaluation_mode, mean_loss, model_logits, split_batch
 from .data import Batches, DataError, SequentialBatches, Tokens
-from .generation import context_length
 from .loss import bits_per_byte, compute_loss
 from .quantization import get_quantization_info
-from .step import evaluation_mode, mean_loss, model_logits, split_batch
 
 # %% ../nbs/12_evaluation.ipynb #bytes-of-targets
 def _bytes_of_targets(tokens: Tokens | Tensor) -> int | None:

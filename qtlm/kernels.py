@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KernelError', 'pack_int4', 'unpack_int4', 'quantize_rows', 'quantize_groups', 'expand_groups', 'quantize_tokens',
-           'int8_linear', 'int4_linear']
+           'quantize_tensor', 'int8_linear', 'int4_linear']
 
 # %% ../nbs/04_kernels.ipynb #imports
 import torch
@@ -71,27 +71,25 @@ def quantize_rows(
     scale = _row_scale(_row_amax(w), limit)
     return torch.div(w, scale[:, None]).round_().to(torch.int8), scale
 
-# %% ../nbs/04_kernels.ipynb #candidate
-def _candidate(v: Tensor, g: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "Return codes `[..., size]`, group byte and squared error `[..., 1]` of groups `v` (in units of the row scale) on the grid (g, zero)."
+# %% ../nbs/04_kernels.ipynb #covering-grid
+def _covering_grid(v: Tensor) -> tuple[Tensor, Tensor]:
+    "Return integer scale and zero point `[..., 1]` of the narrowest grid that covers groups `v` `[..., size]`, in units of the row scale."
+    low, high = v.amin(-1, keepdim=True).clamp_max(0), v.amax(-1, keepdim=True).clamp_min(0)
+    g = ((high - low) / 15).ceil().clamp(1, 16)
+    return g, (7.5 - (low + high) / (2 * g)).round_().clamp_(0, 15)
+
+# %% ../nbs/04_kernels.ipynb #grid-codes
+def _grid_codes(v: Tensor, g: Tensor, zero: Tensor) -> Tensor:
+    "Return the codes, whole floats, nearest to `v` on the grid (g, zero), held where (code - zero) * g fits an int8."
     first, last = (zero - torch.floor(128 / g)).clamp_min(0), (zero + torch.floor(127 / g)).clamp_max(15)
     u = torch.div(v, g).round_().add_(zero)
-    u = torch.minimum(torch.maximum(u, first, out=u), last, out=u)
-    error = torch.sub(u, zero).mul_(g).sub_(v).square_().sum(-1, keepdim=True)
-    return u.to(torch.uint8), (zero * 16 + g - 1).to(torch.uint8), error
+    return torch.minimum(torch.maximum(u, first, out=u), last, out=u)
 
-# %% ../nbs/04_kernels.ipynb #round-groups
-def _round_groups(v: Tensor) -> tuple[Tensor, Tensor]:
-    "Return the codes and group bytes of least squared error among four grids, from the covering one to finer ones."
-    low, high = v.amin(-1, keepdim=True).clamp_max(0), v.amax(-1, keepdim=True).clamp_min(0)
-    covering, best = ((high - low) / 15).ceil().clamp(1, 16), None
-    for finer in range(4):
-        g = (covering - finer).clamp_min(1)
-        zero = (7.5 - (low + high) / (2 * g)).round_().clamp_(0, 15)
-        found = _candidate(v, g, zero)
-        better = None if best is None else found[2] < best[2]
-        best = found if best is None else tuple(torch.where(better, new, old) for new, old in zip(found, best))
-    return best[0], best[1].squeeze(-1)
+
+def _group_row_scale(w: Tensor) -> Tensor:
+    "Return the float scale of rows of groups: an int8 reaches the largest weight, and 15 steps of g = 16 cover the row."
+    span = w.amax(1).clamp_min(0) / 240 - w.amin(1).clamp_max(0) / 240
+    return _row_scale(torch.maximum(_row_amax(w) / 127, span), 1)
 
 # %% ../nbs/04_kernels.ipynb #quantize-groups
 def quantize_groups(
@@ -110,10 +108,11 @@ def quantize_groups(
     step = max(1, 2**18 // width)  # rows at a time: what is held beside the weights stays at a few MB
     for i in range(0, rows, step):
         part = w.detach()[i : i + step].float()
-        span = part.amax(1).clamp_min(0) / 240 - part.amin(1).clamp_max(0) / 240  # 15 steps of g = 16 must cover it
-        scale[i : i + step] = s = _row_scale(torch.maximum(_row_amax(part) / 127, span), 1)
-        found = _round_groups((part / s[:, None]).unflatten(1, (-1, size)))
-        codes[i : i + step], group_scale[i : i + step] = found[0].flatten(1), found[1]
+        scale[i : i + step] = s = _group_row_scale(part)
+        v = (part / s[:, None]).unflatten(1, (-1, size))
+        g, zero = _covering_grid(v)
+        codes[i : i + step] = _grid_codes(v, g, zero).flatten(1)
+        group_scale[i : i + step] = (zero * 16 + g - 1).squeeze(-1)
     return codes, scale, group_scale
 
 # %% ../nbs/04_kernels.ipynb #expand-groups
@@ -141,6 +140,16 @@ def quantize_tokens(
     amax = torch.add(amax, amax, alpha=0)  # infinity * 0 is NaN
     return (x * (127 / amax)).round_().to(torch.int8), amax / 127
 
+# %% ../nbs/04_kernels.ipynb #quantize-tensor
+def quantize_tensor(
+    x: Tensor,  # activations of any shape, float
+    scale: Tensor,  # float32, 0-d: what one step of the code stands for
+    zero_point: Tensor | None = None,  # int32, 0-d, -128..127: the code of 0.0; None for a symmetric range
+) -> Tensor:  # int8, the shape of `x`; meaningless where x is NaN
+    "Round activations to int8 by a scale that is known beforehand, and cut off what lies outside: clamp(round(x / scale) + zero_point)."
+    q = (x.float() * (1 / scale)).round()
+    return (q if zero_point is None else q + zero_point).clamp(-128, 127).to(torch.int8)
+
 # %% ../nbs/04_kernels.ipynb #int-mm
 def _int_mm_is_exact() -> bool:
     "Ask this processor whether its int8 product is exact where the sums are largest."
@@ -149,7 +158,7 @@ def _int_mm_is_exact() -> bool:
 
 
 _EXACT = _int_mm_is_exact()
-_MOST = 2**17  # columns: 2^17 * 127 * 127 is the last power of two below 2^31
+_MOST = 2**16  # columns: with a zero point the largest sum is 2^16 * 255 * 128, just below 2^31
 
 
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -166,10 +175,20 @@ def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     return sum((p.float() @ q.float().t()).to(torch.int32) for p, q in parts)
 
 # %% ../nbs/04_kernels.ipynb #forward
-def _forward(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    "Return x @ (w * scale).t() + bias, for int8 `w`, with x rounded to int8 token by token."
-    q, x_scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
-    y = _int_mm(q, w).float().mul_(x_scale).mul_(scale)
+def _round_activations(x: Tensor, input_scale: Tensor | None, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+    "Return int8 codes of tokens `[M, K]` and their scales `[M, 1]`, measured or given; NaN for a token that is not finite."
+    if input_scale is None:
+        return quantize_tokens(x)
+    return quantize_tensor(x, input_scale, zero_point), torch.add(input_scale, x.abs().amax(-1, keepdim=True).float() * 0)
+
+
+def _forward(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
+    "Return x @ (w * scale).t() + bias, for int8 `w`, with x rounded to int8."
+    q, x_scale = _round_activations(x.reshape(-1, x.shape[-1]), input_scale, zero_point)
+    sums = _int_mm(q, w)
+    if zero_point is not None:
+        sums = sums - _int_mm(zero_point.to(torch.int8).expand(1, q.shape[1]), w)
+    y = sums.float().mul_(x_scale).mul_(scale)
     if bias is not None:
         y.add_(bias)
     return y.to(x.dtype).view(*x.shape[:-1], w.shape[0])
@@ -186,12 +205,12 @@ class _StraightThrough(torch.autograd.Function):
     generate_vmap_rule = True  # so that torch.func (vmap, jacrev) takes it too
 
     @staticmethod
-    def forward(x, codes, scale, group_scale, bias):
-        return _forward(x, _int8_weights(codes, group_scale, x.shape[-1]), scale, bias)
+    def forward(x, codes, scale, group_scale, bias, input_scale, zero_point):
+        return _forward(x, _int8_weights(codes, group_scale, x.shape[-1]), scale, bias, input_scale, zero_point)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, codes, scale, group_scale, bias = inputs
+        x, codes, scale, group_scale, bias, *_ = inputs
         ctx.save_for_backward(codes, scale, group_scale)
         ctx.width, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
 
@@ -204,10 +223,10 @@ class _StraightThrough(torch.autograd.Function):
             grad_x = grad @ w.to(grad.dtype)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype)
-        return grad_x, None, None, None, grad_bias
+        return grad_x, None, None, None, grad_bias, None, None
 
 # %% ../nbs/04_kernels.ipynb #linear
-def _linear(x: Tensor, codes: Tensor, scale: Tensor, group_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, codes: Tensor, scale: Tensor, group_scale: Tensor | None, bias: Tensor | None, *given: Tensor | None) -> Tensor:
     "Check that the shapes fit, then compute: plainly, or with a backward pass where one is asked for."
     width = x.shape[-1] if x.dim() else 0
     stored = width if group_scale is None else (width + 1) // 2
@@ -219,8 +238,8 @@ def _linear(x: Tensor, codes: Tensor, scale: Tensor, group_scale: Tensor | None,
     if width > _MOST:
         raise KernelError(f"linear: found {width} features; expected at most {_MOST}, for int32 to hold the sum. Split the layer.")
     if torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
-        return _StraightThrough.apply(x, codes, scale, group_scale, bias)
-    return _forward(x, _int8_weights(codes, group_scale, width), scale, bias)
+        return _StraightThrough.apply(x, codes, scale, group_scale, bias, *given)
+    return _forward(x, _int8_weights(codes, group_scale, width), scale, bias, *given)
 
 # %% ../nbs/04_kernels.ipynb #int8-linear
 def int8_linear(
@@ -228,9 +247,12 @@ def int8_linear(
     codes: Tensor,  # int8 `[out_features, in_features]`
     scale: Tensor,  # float32 `[out_features]`
     bias: Tensor | None = None,  # `[out_features]`
+    *,
+    input_scale: Tensor | None = None,  # float32, 0-d: static quantization of `x` by this scale; None: token by token
+    input_zero_point: Tensor | None = None,  # int32, 0-d: code of 0.0 in `x`; None: the range is symmetric
 ) -> Tensor:  # `[..., out_features]`, dtype of `x`
-    "Return x @ (codes * scale).t() + bias, multiplied in integers; tokens are rounded to int8 on the way in."
-    return _linear(x, codes, scale, None, bias)
+    "Return x @ (codes * scale).t() + bias, multiplied in integers; `x` is rounded to int8 on the way in."
+    return _linear(x, codes, scale, None, bias, input_scale, input_zero_point)
 
 # %% ../nbs/04_kernels.ipynb #int4-linear
 def int4_linear(
@@ -240,9 +262,12 @@ def int4_linear(
     group_scale: Tensor,  # uint8 `[out_features, groups]`, from `quantize_groups`
     group_size: int,  # weights in a group; -1: the whole row
     bias: Tensor | None = None,  # `[out_features]`
+    *,
+    input_scale: Tensor | None = None,  # float32, 0-d: static quantization of `x` by this scale; None: token by token
+    input_zero_point: Tensor | None = None,  # int32, 0-d: code of 0.0 in `x`; None: the range is symmetric
 ) -> Tensor:  # `[..., out_features]`, dtype of `x`
     "Return x @ W.t() + bias for 4-bit weights W = (code - zero_point) * integer scale * scale, multiplied in integers."
     size = x.shape[-1] if group_size == -1 else group_size
     if group_scale.shape[-1] * size != x.shape[-1]:
         raise KernelError(f"int4_linear: found {group_scale.shape[-1]} groups of {size} for {x.shape[-1]} features; expected as many weights.")
-    return _linear(x, codes, scale, group_scale, bias)
+    return _linear(x, codes, scale, group_scale, bias, input_scale, input_zero_point)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .batches import as_batches, is_batches, mean_loss, rng_state, seeded, set_rng_state_, split_batch
 from .checkpoint import CheckpointError, CheckpointMismatchError, CheckpointWriteError, latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainingConfig
 from .data import Batches, DataError, Tokens, check_split
@@ -28,8 +29,7 @@ from .loss import bits_per_byte
 from .model import ModelInputError
 from .optim import configure_optimizer
 from .quantization import QuantizationError, get_quantization_info
-from .step import accumulate_gradients, as_batches, clip_gradients_, is_batches, learning_rate_factor, mean_loss, micro_batches
-from .step import rng_state, seeded, set_rng_state_, split_batch, split_rows
+from .step import accumulate_gradients, clip_gradients_, learning_rate_factor, micro_batches, split_rows
 
 # %% ../nbs/09_trainer.ipynb #resolve-config
 def _resolve_config(config: TrainingConfig | Mapping | None, overrides: dict, model: nn.Module) -> TrainingConfig:

@@ -402,7 +402,7 @@ def test_skip_modules_are_globs_over_names_and_cover_what_is_inside(lm):
     (dict(bits=4, group_size=48), r"does not divide .*q_proj \(width 64\).* and \d+ more; .*skip_modules"),
     (dict(skip_modules=["q_proj"]), r"'q_proj' matches no module; .* '\*\.q_proj'"),
     (dict(skip_modules=["*"]), "nothing to quantize"),
-    (dict(type="static"), "use type='dynamic'"),
+    (dict(type="static"), "type='static'; expected batches"),
     (dict(mode="qat"), "expected 'ptq'"),
     (dict(bits=5), "bits"), (dict(bitss=4), "bits"), (dict(config=7), "config: found int"),
 ])  # fmt: skip
@@ -573,7 +573,8 @@ def test_a_float_model_s_description_restores_nothing(lm):
 
 
 CHANGES = [
-    ({"bits": 3}, "bits"), ({"bits": True}, "bits"), ({"bits": "4"}, "bits"), ({"type": "static"}, "type"), ({"kind": "embedding"}, "found Linear"),
+    ({"bits": 3}, "bits"), ({"bits": True}, "bits"), ({"bits": "4"}, "bits"), ({"type": "static"}, "type"), ({"kind": "embedding"}, "type"), ({"kind": "embedding", "type": None}, "found Linear"),
+    ({"symmetric": True}, "symmetric"), ({"rounding": 3}, "rounding"), ({"kind": "conv1d"}, "found Linear"),
     ({"shape": [64, 63]}, "group_size|expected"), ({"shape": [64]}, "shape"), ({"shape": [64, -1]}, "shape"), ({"shape": [128, 64]}, "found Linear"),
     ({"group_size": 48}, "group_size"), ({"group_size": 0}, "group_size"), ({"group_size": None}, "group_size"), ({"bias": True}, "with a bias"),
     ({"bias": 1}, "bias"), ({"tied_to": "nothing"}, "tied_to"), ({"tied_to": "model.embed_tokens"}, "tied_to"), ({"sqnr": "high"}, "sqnr"), ({"x": 1}, "keys"),
@@ -627,7 +628,7 @@ def models_of_others():
     yield transformers.BertForSequenceClassification(transformers.BertConfig(**small, intermediate_size=128)), 17
     yield transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, intermediate_size=176, tie_word_embeddings=True)), 16
     gpt2 = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=64, vocab_size=96, n_positions=32, bos_token_id=0, eos_token_id=0)
-    yield transformers.GPT2LMHeadModel(gpt2), 3
+    yield transformers.GPT2LMHeadModel(gpt2), 11
 
 
 def test_transformers_models_quantize_compute_and_come_back():
@@ -647,13 +648,28 @@ def test_transformers_models_quantize_compute_and_come_back():
                 assert torch.equal(rebuilt(input_ids=ids).logits, out)
 
 
-def test_what_is_not_nn_linear_is_reported_by_its_class():
-    "GPT-2's blocks are made of Conv1D: they stay, and the account says so; its embeddings and its tied head are quantized."
+def test_conv1d_is_quantized_and_comes_back_as_itself():
+    "GPT-2's blocks are made of Conv1D, which keeps its weight as [in, out]."
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=40, n_positions=16, bos_token_id=0, eos_token_id=0)
-    info = get_quantization_info(quantize_model_ptq(transformers.GPT2LMHeadModel(config), bits=4))
-    assert set(info.layers) == {"transformer.wte", "transformer.wpe", "lm_head"} and info.layers["lm_head"].tied_to == "transformer.wte"
-    assert len(info.left_alone) == 4 and all("Conv1D is not nn.Linear" in row.reason and row.kind == "Conv1D" for row in info.left_alone.values())
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.arange(30).reshape(2, 15)
+    for options in (dict(), dict(type="static", calibration_data=[ids]), dict(rounding="gptq", calibration_data=[{"input_ids": ids, "labels": ids}])):
+        quantized = quantize_model_ptq(model, bits=4, **options)
+        info = get_quantization_info(quantized)
+        row = info.layers["transformer.h.0.attn.c_attn"]
+        assert (row.kind, row.shape, row.bits) == ("Conv1D", (96, 32), 4) and not info.left_alone
+        assert info.parameters == sum(p.numel() for p in model.parameters())
+        layer = quantized.transformer.h[0].attn.c_attn
+        assert layer.weight.shape == model.transformer.h[0].attn.c_attn.weight.shape == (32, 96)
+        back = dequantize_model(quantized)
+        assert str(back) == str(model) and torch.equal(back.transformer.h[0].attn.c_attn.weight, layer.weight)
+        assert {n: t.shape for n, t in back.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
+        assert back.transformer.h[0].attn.c_attn.weight.is_contiguous()
+        rebuilt = restore_quantization(copy.deepcopy(model), json.loads(json.dumps(quantization_metadata(quantized))))
+        rebuilt.load_state_dict(quantized.state_dict())
+        assert torch.equal(rebuilt(input_ids=ids).logits, quantized(input_ids=ids).logits)
 
 
 def test_images_and_encoder_decoders():

@@ -1,6 +1,7 @@
 # pytest tests/test_spec_quantization.py
 """The requirements on quantization, scenario by scenario; each test quotes the one it proves. Settings of TrainingConfig: test_spec_training.py."""
 
+import copy
 import io
 import json
 
@@ -101,23 +102,46 @@ def test_convert_fp32_model_to_int4(trained):
     assert 7.4 < file_size(wide) / file_size(quantize_model_ptq(wide, quantization_bits=4)) <= 8
 
 
-def test_static_mode_is_not_in_this_version_and_says_what_to_do(trained):
+@BITS
+def test_static_quantization_mode(trained, bits):
     """Scenario: Static quantization mode
     - **WHEN** PTQ is performed with quantization_type="static"
     - **THEN** calibration data is used to compute quantization parameters
     - **AND** quantization parameters are fixed at inference time
-
-    Until it is there, the request is refused in one line that names the way out, and the model stays as it was, bit for bit.
     """
     x = digits()[0]
-    model = nn.Sequential(*(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)))
-    before, modules, out = plain_bits(model), [id(m) for m in model.modules()], model(x)
     for ask in ({"quantization_type": "static"}, {"config": QuantizationConfig(type="static")}, {"config": TrainingConfig(quantization_type="static")}):
-        for inplace in (False, True):
-            with pytest.raises(QuantizationError, match="type: found 'static'; expected 'dynamic'.*use type='dynamic'") as caught:
-                quantize_model_ptq(model, calibration_data=[x], inplace=inplace, **ask)
-            assert "\n" not in str(caught.value) and len(str(caught.value)) <= 300
-            assert is_unchanged(model, before) and [id(m) for m in model.modules()] == modules and torch.equal(model(x), out)
+        quantized = quantize_model_ptq(trained, calibration_data=x.split(100), quantization_bits=bits, **ask)
+        info = get_quantization_info(quantized)
+        assert (info.type, info.bits) == ("static", bits) and {row.type for row in info.layers.values()} == {"static"}
+        assert abs(accuracy(quantized) - accuracy(trained)) <= (0.01 if bits == 8 else 0.03)
+    wider = quantize_model_ptq(trained, type="static", bits=bits, observer="minmax", calibration_data=[3 * x])
+    assert torch.isclose(wider[0].input_scale / quantize_model_ptq(trained, type="static", bits=bits, observer="minmax", calibration_data=[x])[0].input_scale,
+                         torch.tensor(3.0))  # computed from the data
+    fixed = {name: t.clone() for name, t in quantized.state_dict().items() if "input_" in name}
+    assert len(fixed) == 6  # a scale and a zero point for each of three layers
+    quantized(100 * x), quantized.train()(x)
+    assert all(torch.equal(quantized.state_dict()[name], t) for name, t in fixed.items())  # and fixed
+    large = torch.full((1, 64), 1e4)
+    assert torch.equal(quantized[0](large), quantized[0](10 * large))  # beyond the range, all is clipped to its end
+    assert not torch.equal(quantize_model_ptq(trained, bits=bits)[0](large), quantize_model_ptq(trained, bits=bits)[0](10 * large))  # dynamic: not
+
+
+@BITS
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("data, match", [
+    (None, "calibration_data: found None with type='static'; expected batches"), ([], "found no batches"), ("text", "found str"), (7, "found int"),
+    ([None], "batch 0: found NoneType; it is no batch"), ([torch.randn(3, 9)], r"batch 0: found float32 \[3, 9\]; the model raised RuntimeError"),
+    ([torch.randn(3, 64), "x"], "batch 1: found str"), ([torch.full((2, 64), torch.nan)], "the input of 0: .*found NaN"),
+], ids=["none", "empty", "text", "number", "no batch", "wrong shape", "wrong second", "nan"])  # fmt: skip
+def test_static_quantization_without_fitting_data_changes_nothing(trained, bits, inplace, data, match):
+    model = copy.deepcopy(trained).train()
+    before, modules = plain_bits(model), [id(m) for m in model.modules()]
+    with pytest.raises(QuantizationError, match=match) as caught:
+        quantize_model_ptq(model, type="static", bits=bits, calibration_data=data, inplace=inplace)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 300
+    assert is_unchanged(model, before) and [id(m) for m in model.modules()] == modules and model.training
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
 @BITS
