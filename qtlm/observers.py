@@ -105,8 +105,9 @@ class Observer:
         if self._range is None:
             with torch.inference_mode(False), torch.device("cpu"):
                 low, high = self._cut()
-            low, high = min(low, 0.0), max(high, 0.0)
-            self._range = (-max(-low, high), max(-low, high)) if self.symmetric else (low, high)
+            low, high = min(low, 0.0) + 0.0, max(high, 0.0) + 0.0  # + 0.0 makes -0.0 a plain zero
+            wide = max(high, -low)
+            self._range = (0.0 - wide, wide) if self.symmetric else (low, high)
         return self._range
 
     def qparams(self) -> tuple[Tensor, Tensor]: # scale, float32 0-d, above 0; zero point, int32 0-d, -128..127; both on the CPU
@@ -131,14 +132,14 @@ class MinMaxObserver(Observer):
     def _cut(self) -> tuple[float, float]:
         return self._low, self._high
 
-# %% ../nbs/04a_observers.ipynb #cumulated
+# %% ../nbs/04a_observers.ipynb #plot-observer
 def _cumulated(observer: Observer) -> tuple[Tensor, Tensor]:
     "Return the bins' edges from the most negative to the largest, and how many values lie below each."
     edges, (below, above) = _edges(observer._start), observer._counts
     counts = torch.cat([below.new_zeros(1), below.flip(0), above])
     return torch.cat([-edges.flip(0), edges[1:]]).clamp(observer._low, observer._high), counts.cumsum(0)
 
-# %% ../nbs/04a_observers.ipynb #plot-observer
+
 def _plot(observer: Observer, ax):
     "Draw the observer's counts and its range; return the axes."
     import matplotlib.pyplot as plt
@@ -209,15 +210,15 @@ class PercentileObserver(Observer):
         return cut if max(below, above) > edges[1] else (self._low, self._high)
 
 # %% ../nbs/04a_observers.ipynb #search
-_STEPS = (torch.arange(-48, 1) / 4, torch.arange(-8, 9) / 16, torch.arange(-8, 9) / 128)  # in octaves: a range 4096 times too wide is still found
+_STEPS = ((-48, 0, 4), (-16, 16, 32), (-16, 16, 256))  # from, to, per octave: first down to a 4096th of what was seen, then near by
 
 
 def _search(error: Callable, low: float, high: float, symmetric: bool) -> tuple[float, float]:
     "Return the range of least `error(scale, zero point)` within low .. high."
     limit = torch.tensor([min(low, 0.0), max(high, 0.0)], dtype=torch.float64)
     best, least = limit, math.inf
-    for octaves in _STEPS:
-        t = torch.exp2(octaves.double())
+    for least_power, most, per_octave in _STEPS:
+        t = torch.exp2(torch.arange(most, least_power - 1, -1).double() / per_octave)
         both, one, other = torch.stack([t, t], 1), torch.stack([t, t**0], 1), torch.stack([t**0, t], 1)
         moves = both if symmetric or not limit.all() else torch.cat([both, one, other])
         for _ in range(8):
@@ -300,7 +301,7 @@ class HistogramObserver(Observer):
         error = _expected_error(self._counts, _edges(self._start), -127 if self.symmetric else -128)
         return _search(error, self._low, self._high, self.symmetric)
 
-# %% ../nbs/04a_observers.ipynb #kinds
+# %% ../nbs/04a_observers.ipynb #make-observer
 _KINDS = {
     "minmax": MinMaxObserver,
     "moving_average": MovingAverageObserver,
@@ -309,7 +310,7 @@ _KINDS = {
     "histogram": HistogramObserver,
 }
 
-# %% ../nbs/04a_observers.ipynb #make-observer
+
 def make_observer(
     name: str,  # minmax, moving_average, percentile, mse or histogram
     symmetric: bool = False,  # zero point 0 and codes -127..127; otherwise a zero point and codes -128..127
