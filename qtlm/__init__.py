@@ -37,6 +37,9 @@ _HOME = {
     "QuantizationReport": "account",
     "Calibration": "calibration",
     "calibrate": "calibration",
+    "Sensitivity": "budget",
+    "mixed_precision": "budget",
+    "sensitivity": "budget",
     "dequantize_model": "quantization",
     "get_quantization_info": "account",
     "quantize_model_ptq": "quantization",
@@ -57,7 +60,7 @@ _HOME = {
     "evaluate": "evaluation",
 }
 _MODULES = (
-    "account", "batches", "calibration", "checkpoint", "cli", "config", "data", "evaluation", "generation", "history", "kernels", "layers",
+    "account", "batches", "budget", "calibration", "checkpoint", "cli", "config", "data", "evaluation", "generation", "history", "kernels", "layers",
     "loss", "model", "observers", "optim", "plan", "quantization", "rounding", "step", "storage", "trainer",
 )  # fmt: skip
 __all__ = sorted(_HOME)
@@ -81,6 +84,9 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .account import QuantizationInfo as QuantizationInfo
     from .account import QuantizationReport as QuantizationReport
     from .account import get_quantization_info as get_quantization_info
+    from .budget import Sensitivity as Sensitivity
+    from .budget import mixed_precision as mixed_precision
+    from .budget import sensitivity as sensitivity
     from .calibration import Calibration as Calibration
     from .calibration import calibrate as calibrate
     from .checkpoint import Checkpoint as Checkpoint

@@ -34,7 +34,7 @@ def _run(
 
     parser = anno_parser(command, prog=f"qtlm {name}")
     parser.error = lambda message: parser.exit(2, f"qtlm {name}: {message}. See qtlm {name} --help.\n")
-    options = vars(parser.parse_args(argv))
+    options = vars(parser.parse_intermixed_args(argv))
     positional = options.pop("settings", [])
     options = {key: value for key, value in options.items() if key not in ("pdb", "xtra")}
     try:
@@ -119,25 +119,53 @@ def _train(
     loss = f"held-out loss {trainer.evaluate()['loss']:.4f}" if len(held_out) > 1 else f"last loss {trainer.history.losses[-1]:.4f}"
     print(f"{trainer.run_dir}: step {trainer.step}, {loss} nats per token")
     if config.quantization_mode == "ptq":
-        _quantize(str(trainer.run_dir), bits=config.quantization_bits)
+        _shrink(str(trainer.run_dir), config.quantization())
 
-# %% ../nbs/14_cli.ipynb #quantize
-def _quantize(
-    checkpoint: str,  # a run (its newest step), or a step directory
-    bits: int = 8,  # 8 or 4, of the weights
-    out: str = None,  # run directory to publish in; default: the run's name with -int8 or -int4
-):
-    "Shrink a trained model to INT8 or INT4. Example: qtlm quantize checkpoints/run --bits 4"
+# %% ../nbs/14_cli.ipynb #calibration-of
+def _calibration_of(loaded, batches: int = 16) -> list:
+    "Return batches of the text that a checkpoint's run was trained on."
+    from qtlm.batches import context_length
+    from qtlm.data import Batches
+
+    tokens = _read_text(loaded.config, loaded.vocab)[1]
+    drawn = Batches(tokens, min(context_length(loaded.model) or 256, len(tokens) - 1), 8, seed=loaded.config.seed + 1)
+    return [drawn[i] for i in range(batches)]
+
+# %% ../nbs/14_cli.ipynb #shrink
+def _shrink(checkpoint: str, wanted, bits_per_weight: float | None = None, out: str | None = None) -> None:
+    "Quantize the model of a checkpoint as the `QuantizationConfig` says, and publish it."
+    from qtlm.budget import mixed_precision
     from qtlm.checkpoint import load_checkpoint, save_checkpoint
     from qtlm.quantization import get_quantization_info, quantize_model_ptq
 
-    loaded = load_checkpoint(checkpoint)
-    model = quantize_model_ptq(loaded.model, bits=bits)
-    run = loaded.path.parent
-    path = save_checkpoint(model, None, loaded.config, loaded.vocab, loaded.step, out or run.with_name(f"{run.name}-int{bits}"))
+    asked = [wanted, *map(wanted.for_layer, wanted.overrides.values())]
+    needs = bits_per_weight is not None or any(c.type == "static" or c.rounding == "gptq" for c in asked)
+    loaded = _load(checkpoint) if needs else load_checkpoint(checkpoint)
+    data = _calibration_of(loaded) if needs else None
+    if bits_per_weight is not None:
+        wanted = mixed_precision(loaded.model, data, bits_per_weight, wanted)
+    model, run = quantize_model_ptq(loaded.model, wanted, data), loaded.path.parent
+    kind = "mixed" if bits_per_weight is not None else f"int{wanted.bits}"
+    path = save_checkpoint(model, None, loaded.config, loaded.vocab, loaded.step, out or run.with_name(f"{run.name}-{kind}"))
     size, before = (path / "model.pt").stat().st_size, (loaded.path / "model.pt").stat().st_size
     info = get_quantization_info(model)
     print(f"{path}: {size:,} bytes, {size / before:.3f} of what it was, {info.bits_per_weight:.2f} bits per weight")
+
+# %% ../nbs/14_cli.ipynb #quantize
+def _quantize(
+    *settings: str,  # a run (its newest step) or a step directory, then `name=value` pairs: type=static rounding=gptq group_size=32
+    bits: int = None,  # 8 or 4, of the weights; default: 8
+    bits_per_weight: float = None,  # choose bits and groups layer by layer, within this budget
+    out: str = None,  # run directory to publish in; default: the run's name with -int8, -int4 or -mixed
+):
+    "Shrink a trained model to INT8 or INT4. Example: qtlm quantize checkpoints/run --bits 4 rounding=gptq"
+    from qtlm.config import ConfigError, QuantizationConfig, load_config
+
+    paths = [setting for setting in settings if "=" not in setting]
+    if len(paths) != 1:
+        raise ConfigError(f"quantize: found {len(paths)} checkpoints; expected one, then name=value settings.")
+    pairs = [setting for setting in settings if "=" in setting]
+    _shrink(paths[0], load_config(None, *pairs, *([] if bits is None else [f"bits={bits}"]), kind=QuantizationConfig), bits_per_weight, out)
 
 # %% ../nbs/14_cli.ipynb #evaluate
 def _evaluate(

@@ -7,6 +7,8 @@ __all__ = ['KernelError', 'pack_int4', 'unpack_int4', 'quantize_rows', 'quantize
            'quantize_tensor', 'int8_linear', 'int4_linear']
 
 # %% ../nbs/04_kernels.ipynb #imports
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -115,6 +117,27 @@ def quantize_groups(
         group_scale[i : i + step] = (zero * 16 + g - 1).squeeze(-1)
     return codes, scale, group_scale
 
+# %% ../nbs/04_kernels.ipynb #expand-lanes
+def _has_lanes(packed: Tensor, group_scale: Tensor, width: int) -> bool:
+    "Tell whether whole 32-bit integers fill each half of a row and each group in it."
+    run = math.gcd(width // group_scale.shape[-1], packed.shape[-1])
+    return packed.dim() == 2 and width % 2 == 0 and run % 4 == 0 and packed.storage_offset() % 4 == 0 and packed.is_contiguous()
+
+
+def _expand_lanes(packed: Tensor, group_scale: Tensor, width: int) -> Tensor:
+    "Return what `expand_groups` does, computed with four codes side by side in an int32."
+    size, half = width // group_scale.shape[-1], packed.shape[-1]
+    run = math.gcd(size, half)  # bytes in a row that share a group and a half
+    byte = group_scale.int().repeat_interleave(size // run, -1).unsqueeze(-1)
+    g = (byte & 15) + 1
+    add = (-(byte >> 4) * g & 0xFF) * 0x01010101  # minus the zero point's share, modulo 256, in each of four bytes
+    lanes, low, top = packed.view(torch.int32).unflatten(-1, (half // run, run // 4)), 0x7F7F7F7F, -0x7F7F7F80
+    parts = []
+    for first, codes in ((0, lanes & 0x0F0F0F0F), (half // run, lanes >> 4 & 0x0F0F0F0F)):
+        a, b = codes * g[:, first:][:, : half // run], add[:, first:][:, : half // run]
+        parts.append(((a & low) + (b & low)) ^ ((a ^ b) & top))
+    return torch.cat(parts, dim=1).flatten(1).view(torch.int8)
+
 # %% ../nbs/04_kernels.ipynb #expand-groups
 def expand_groups(
     packed: Tensor,  # uint8 `[out_features, ceil(in_features / 2)]`, two codes a byte
@@ -124,21 +147,26 @@ def expand_groups(
     "Expand 4-bit codes to the int8 weights they stand for: (code - zero_point) * integer scale."
     if not group_scale.shape[-1] or in_features % group_scale.shape[-1]:
         raise KernelError(f"expand_groups: found {group_scale.shape[-1]} groups for the width {in_features}; expected a divisor of it.")
+    if torch.compiler.is_compiling() and _has_lanes(packed, group_scale, in_features):
+        return _expand_lanes(packed, group_scale, in_features)
     codes = unpack_int4(packed, in_features).view(torch.int8).unflatten(-1, (group_scale.shape[-1], -1))
     g = ((group_scale & 15) + 1).view(torch.int8)
     offset = g * (group_scale >> 4).view(torch.int8)
-    if torch.compiler.is_compiling():
-        return (codes * g.unsqueeze(-1) - offset.unsqueeze(-1)).flatten(-2)
     return codes.mul_(g.unsqueeze(-1)).sub_(offset.unsqueeze(-1)).flatten(-2)
 
 # %% ../nbs/04_kernels.ipynb #quantize-tokens
+def _step(magnitude: Tensor) -> Tensor:
+    "Return magnitude / 127, at least 2^-100 / 127 (a token of zeros divides by it); NaN for infinity, because infinity * 0 is NaN."
+    return (torch.add(magnitude, magnitude, alpha=0) * (1 / 127)).clamp_min(2.0**-100 / 127)
+
+
 def quantize_tokens(
     x: Tensor,  # activations `[..., features]`, float
 ) -> tuple[Tensor, Tensor]:  # codes int8 `[..., features]`, scale float32 `[..., 1]`; NaN where a token is not finite
     "Round each token's activations to int8 by the token's own largest magnitude."
-    amax = x.abs().amax(-1, keepdim=True).float().clamp_min(2.0**-100)  # a token of zeros divides by this
-    amax = torch.add(amax, amax, alpha=0)  # infinity * 0 is NaN
-    return (x * (127 / amax)).round_().to(torch.int8), amax / 127
+    v = x.abs()
+    scale = _step(v.float()).amax(-1, keepdim=True) if torch.compiler.is_compiling() else _step(v.amax(-1, keepdim=True).float())
+    return (x * (1 / scale)).round_().to(torch.int8), scale
 
 # %% ../nbs/04_kernels.ipynb #quantize-tensor
 def quantize_tensor(
@@ -147,8 +175,8 @@ def quantize_tensor(
     zero_point: Tensor | None = None,  # int32, 0-d, -128..127: the code of 0.0; None for a symmetric range
 ) -> Tensor:  # int8, the shape of `x`; meaningless where x is NaN
     "Round activations to int8 by a scale that is known beforehand, and cut off what lies outside: clamp(round(x / scale) + zero_point)."
-    q = (x.float() * (1 / scale)).round()
-    return (q if zero_point is None else q + zero_point).clamp(-128, 127).to(torch.int8)
+    q = (x.float() * (1 / scale)).round_()
+    return (q if zero_point is None else q.add_(zero_point)).clamp_(-128, 127).to(torch.int8)
 
 # %% ../nbs/04_kernels.ipynb #int-mm
 def _int_mm_is_exact() -> bool:
@@ -175,22 +203,52 @@ def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     return sum((p.float() @ q.float().t()).to(torch.int32) for p, q in parts)
 
 # %% ../nbs/04_kernels.ipynb #forward
+_BLOCK = 2**22  # int32 sums in a block: 16 MB, which the C library recycles instead of asking the system anew
+
+
+def _shifted_rows(q: Tensor, zero_point: Tensor | None) -> Tensor:
+    "Return the codes, and below them a row of zero points where there is one."
+    return q if zero_point is None else torch.cat([q, zero_point.to(torch.int8).expand(1, q.shape[1])])
+
+
+def _product_in_blocks(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    "Return (q - zero_point) @ w.t() * x_scale * scale as one expression a block, for a compiler to fuse."
+    rows, parts, columns = _shifted_rows(q, zero_point), [], w.shape[0]
+    if rows.shape[0] * columns > _BLOCK and not q.is_cuda:
+        columns = max(64, _BLOCK // rows.shape[0])
+    for w_part, scale_part in zip(w.split(columns), scale.split(columns)):
+        sums = _int_mm(rows, w_part)
+        sums = sums if zero_point is None else sums[:-1] - sums[-1:]
+        parts.append(sums.float() * x_scale * scale_part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _product_in_place(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    "Return the same, with the integer sums in the memory of the result."
+    rows = _shifted_rows(q, zero_point).contiguous()
+    y = torch.empty(rows.shape[0], w.shape[0], device=q.device, dtype=torch.float32)
+    sums = y.view(torch.int32)
+    torch._int_mm(rows, w.contiguous().t(), out=sums)
+    if zero_point is not None:
+        y, sums = y[:-1], sums[:-1].sub_(sums[-1:])
+    return y.copy_(sums).mul_(x_scale).mul_(scale)
+
+# %% ../nbs/04_kernels.ipynb #forward-choice
 def _round_activations(x: Tensor, input_scale: Tensor | None, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
     "Return int8 codes of tokens `[M, K]` and their scales `[M, 1]`, measured or given; NaN for a token that is not finite."
     if input_scale is None:
         return quantize_tokens(x)
-    return quantize_tensor(x, input_scale, zero_point), torch.add(input_scale, x.abs().amax(-1, keepdim=True).float() * 0)
+    return quantize_tensor(x, input_scale, zero_point), torch.add(input_scale, x.abs().amax(-1, keepdim=True).float(), alpha=0)
 
 
 def _forward(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
     "Return x @ (w * scale).t() + bias, for int8 `w`, with x rounded to int8."
     q, x_scale = _round_activations(x.reshape(-1, x.shape[-1]), input_scale, zero_point)
-    sums = _int_mm(q, w)
-    if zero_point is not None:
-        sums = sums - _int_mm(zero_point.to(torch.int8).expand(1, q.shape[1]), w)
-    y = sums.float().mul_(x_scale).mul_(scale)
+    plain = q.device.type == "cpu" and _EXACT and q.shape[1] > 1  # where `torch._int_mm` itself may be called
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(q)
+    y = (_product_in_place if plain and not traced else _product_in_blocks)(q, w, x_scale, scale, zero_point)
     if bias is not None:
-        y.add_(bias)
+        y = y + bias
     return y.to(x.dtype).view(*x.shape[:-1], w.shape[0])
 
 

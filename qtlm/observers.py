@@ -148,7 +148,7 @@ def _plot(observer: Observer, ax):
     low, high = observer.range()
     edges, below = (v.numpy() for v in _cumulated(observer))
     first, last = min(edges[0], low), max(edges[-1], high)
-    bars = np.linspace(first, last if last > first else first + 1, 65)
+    bars = np.linspace(np.nextafter(first, -np.inf), last if last > first else first + 1, 65)
     ax = ax or plt.subplots()[1]
     ax.stairs(np.diff(np.interp(bars, edges, below, left=0)), bars, fill=True, color="silver")
     for end, cut in ((first, low), (last, high)):
