@@ -40,7 +40,7 @@ LENGTH = SHAPE["block_size"]
 SMALL = dict(vocab_size=1024, hidden_size=128, num_hidden_layers=4, num_attention_heads=2, intermediate_size=384)
 MODELS = {  # windows: how many held-out ones are measured
     "large": dict(shape=SHAPE, max_steps=1000, learning_rate=1.2e-3, warmup_steps=80, windows=256),
-    "small": dict(shape=SHAPE | SMALL, max_steps=3000, learning_rate=2e-3, warmup_steps=150, windows=1024),
+    "small": dict(shape=SHAPE | SMALL, max_steps=3000, learning_rate=2e-3, warmup_steps=150, windows=512),
 }
 PEERS = {"torchao": "torchao", "quanto": "optimum-quanto", "hqq": "hqq", "bitsandbytes": "bitsandbytes"}  # first word of a row: package
 OBSERVERS = ("minmax", "moving_average", "percentile", "mse", "histogram")
@@ -97,7 +97,7 @@ def qtlm_rows(calibration: list) -> dict[str, Callable]:
     rows = {"qtlm INT8 dynamic": row(bits=8), "qtlm INT8 dynamic, all": row(bits=8, quantize_embedding=True)}
     rows |= {f"qtlm INT8 static {observer}": row(bits=8, type="static", observer=observer) for observer in OBSERVERS}
     for rounding in ROUNDINGS:
-        for name, size in (("default", None), ("32", 32), ("row", -1)):
+        for name, size in (("default", None), ("16", 16), ("32", 32), ("row", -1)):
             rows[f"qtlm INT4 {rounding} / {name}"] = row(bits=4, rounding=rounding, group_size=size)
         rows[f"qtlm INT4 {rounding} / default, all"] = row(bits=4, rounding=rounding, quantize_embedding=True)
     return rows | {"qtlm INT4 static gptq / default": row(bits=4, type="static", rounding="gptq")}

@@ -80,7 +80,9 @@ def report(name: str, tables: dict[str, dict]) -> None:
             if "speedup" in figures:
                 spread = f"({figures['speedup_low']:.2f} to {figures['speedup_high']:.2f})"
                 print(f"  {row:44} {figures['speedup']:6.2f} x {spread:18} {figures['seconds'] * 1e3:9.1f} ms", end="")
-            print("".join(f"   {key} {value:,.0f}" for key, value in figures.items() if key not in ROW_KEYS))
+            if "error" in figures:
+                print(f"  {row:44} {figures['error']}", end="")
+            print("".join(f"   {key} {value:,.0f}" for key, value in figures.items() if key not in (*ROW_KEYS, "error")))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), **tables}, indent=2) + "\n")
 

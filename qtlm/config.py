@@ -594,7 +594,7 @@ class QuantizationConfig(Config):
         "on calibration data change least (gptq); null: nearest at 8 bits, mse at 4", unit="name", example="gptq",
         aliases=("quantization_rounding",))
     observer: _Observer = _field(
-        "mse", "What fixes the range of static activations", unit="name", example="percentile", aliases=("quantization_observer",))
+        "histogram", "What fixes the range of static activations", unit="name", example="percentile", aliases=("quantization_observer",))
     symmetric: bool = _field(
         False, "Static activations get the same range on both sides of zero", unit="switch", example=True, aliases=("sym",))
     percentile: float = _field(
@@ -733,7 +733,7 @@ class TrainingConfig(_RunFields, _LearningFields):
         example=32, needs={"quantization_bits": 4})
     quantization_rounding: _Rounding | None = _field(
         None, "How a weight gets its code; null: nearest at 8 bits, mse at 4", unit="name", example="hqq")
-    quantization_observer: _Observer = _field("mse", "What fixes the range of static activations", unit="name", example="percentile")
+    quantization_observer: _Observer = _field("histogram", "What fixes the range of static activations", unit="name", example="percentile")
     quantization_skip_modules: _Names = _field(
         (), "Modules to leave as they are, in addition to the defaults", unit="module names", range="names or globs", example=["lm_head"],
         aliases=("modules_to_not_convert", "llm_int8_skip_modules"))

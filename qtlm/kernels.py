@@ -121,7 +121,8 @@ def quantize_groups(
 def _has_lanes(packed: Tensor, group_scale: Tensor, width: int) -> bool:
     "Tell whether whole 32-bit integers fill each half of a row and each group in it."
     run = math.gcd(width // group_scale.shape[-1], packed.shape[-1])
-    return packed.dim() == 2 and width % 2 == 0 and run % 4 == 0 and packed.storage_offset() % 4 == 0 and packed.is_contiguous()
+    own = packed.is_contiguous() and packed.untyped_storage().size() == packed.numel()  # so it begins where an int32 may
+    return packed.dim() == 2 and width % 2 == 0 and run % 4 == 0 and own
 
 
 def _expand_lanes(packed: Tensor, group_scale: Tensor, width: int) -> Tensor:
@@ -178,13 +179,13 @@ def quantize_tensor(
     q = (x.float() * (1 / scale)).round_()
     return (q if zero_point is None else q.add_(zero_point)).clamp_(-128, 127).to(torch.int8)
 
-# %% ../nbs/04_kernels.ipynb #int-mm
+# %% ../nbs/04_kernels.ipynb #int-mm-is-exact
 def _int_mm_is_exact() -> bool:
     "Ask this processor whether its int8 product is exact where the sums are largest."
     a = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
     return all(bool((torch._int_mm(rows, a.t()) == 64 * 127 * 127).all()) for rows in (a, a[:1]))
 
-
+# %% ../nbs/04_kernels.ipynb #int-mm
 _EXACT = _int_mm_is_exact()
 _MOST = 2**16  # columns: with a zero point the largest sum is 2^16 * 255 * 128, just below 2^31
 
@@ -202,28 +203,13 @@ def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     parts = zip(a.split(1024, dim=1), b.split(1024, dim=1))
     return sum((p.float() @ q.float().t()).to(torch.int32) for p, q in parts)
 
-# %% ../nbs/04_kernels.ipynb #forward
-_BLOCK = 2**22  # int32 sums in a block: 16 MB, which the C library recycles instead of asking the system anew
-
-
+# %% ../nbs/04_kernels.ipynb #product-in-place
 def _shifted_rows(q: Tensor, zero_point: Tensor | None) -> Tensor:
     "Return the codes, and below them a row of zero points where there is one."
     return q if zero_point is None else torch.cat([q, zero_point.to(torch.int8).expand(1, q.shape[1])])
 
 
-def _product_in_blocks(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    "Return (q - zero_point) @ w.t() * x_scale * scale as one expression a block, for a compiler to fuse."
-    rows, parts, columns = _shifted_rows(q, zero_point), [], w.shape[0]
-    if rows.shape[0] * columns > _BLOCK and not q.is_cuda:
-        columns = max(64, _BLOCK // rows.shape[0])
-    for w_part, scale_part in zip(w.split(columns), scale.split(columns)):
-        sums = _int_mm(rows, w_part)
-        sums = sums if zero_point is None else sums[:-1] - sums[-1:]
-        parts.append(sums.float() * x_scale * scale_part)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _product_in_place(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+def _product_in_place(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     "Return the same, with the integer sums in the memory of the result."
     rows = _shifted_rows(q, zero_point).contiguous()
     y = torch.empty(rows.shape[0], w.shape[0], device=q.device, dtype=torch.float32)
@@ -231,27 +217,42 @@ def _product_in_place(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero
     torch._int_mm(rows, w.contiguous().t(), out=sums)
     if zero_point is not None:
         y, sums = y[:-1], sums[:-1].sub_(sums[-1:])
-    return y.copy_(sums).mul_(x_scale).mul_(scale)
+    y.copy_(sums).mul_(x_scale).mul_(scale)
+    return (y if bias is None else y.add_(bias)).to(dtype)
 
-# %% ../nbs/04_kernels.ipynb #forward-choice
+# %% ../nbs/04_kernels.ipynb #product-in-blocks
+_BLOCK = 2**22  # int32 sums in a block: 16 MB, which the C library recycles instead of asking the system anew
+
+
+def _product_in_blocks(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    "Return (q - zero_point) @ w.t() * x_scale * scale + bias as one expression a block, for a compiler to fuse."
+    rows, blocks, columns = _shifted_rows(q, zero_point), [], max(1, w.shape[0])
+    if rows.shape[0] * columns > _BLOCK and not q.is_cuda:
+        columns = max(64, _BLOCK // rows.shape[0])
+    for i in range(0, max(1, w.shape[0]), columns):
+        sums = _int_mm(rows, w[i : i + columns])
+        sums = sums if zero_point is None else sums[:-1] - sums[-1:]
+        y = sums.float() * x_scale * scale[i : i + columns]
+        blocks.append((y if bias is None else y + bias[i : i + columns]).to(dtype))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+# %% ../nbs/04_kernels.ipynb #round-activations
 def _round_activations(x: Tensor, input_scale: Tensor | None, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
     "Return int8 codes of tokens `[M, K]` and their scales `[M, 1]`, measured or given; NaN for a token that is not finite."
     if input_scale is None:
         return quantize_tokens(x)
     return quantize_tensor(x, input_scale, zero_point), torch.add(input_scale, x.abs().amax(-1, keepdim=True).float(), alpha=0)
 
-
+# %% ../nbs/04_kernels.ipynb #forward
 def _forward(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
     "Return x @ (w * scale).t() + bias, for int8 `w`, with x rounded to int8."
     q, x_scale = _round_activations(x.reshape(-1, x.shape[-1]), input_scale, zero_point)
     plain = q.device.type == "cpu" and _EXACT and q.shape[1] > 1  # where `torch._int_mm` itself may be called
     traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(q)
-    y = (_product_in_place if plain and not traced else _product_in_blocks)(q, w, x_scale, scale, zero_point)
-    if bias is not None:
-        y = y + bias
-    return y.to(x.dtype).view(*x.shape[:-1], w.shape[0])
+    product = _product_in_place if plain and not traced else _product_in_blocks
+    return product(q, w, x_scale, scale, zero_point, bias, x.dtype).view(*x.shape[:-1], w.shape[0])
 
-
+# %% ../nbs/04_kernels.ipynb #int8-weights
 def _int8_weights(codes: Tensor, group_scale: Tensor | None, width: int) -> Tensor:
     "Return the int8 weights: the codes themselves, or what the 4-bit codes stand for."
     return codes if group_scale is None else expand_groups(codes, group_scale, width)

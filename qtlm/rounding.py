@@ -120,7 +120,7 @@ _FACTORS = {8: (0.99, 0.97, 0.94, 0.9), 4: (1.0, 1.05, 0.95)}  # of the covering
 
 
 def _search(w: Tensor, size: int | None, power: float = 2, settle: Callable | None = None) -> _Grid:
-    "Return the grid of least sum of |error|^power in each row of `w`; `settle(w, k, grid)` adjusts the scales of each candidate."
+    "Return the grid of least sum of |error|^power in each row of `w`; `settle` fits each candidate's scales (None: least squares, at 4 bits only)."
     best = start = _covering(w, size)
     least = _error_sum(_weights(_nearest(w, best), best) - w, power)
     for factor in _FACTORS[8 if size is None else 4]:
@@ -330,6 +330,9 @@ def _checked_factor(hessian: Hessian | Tensor | None, w: Tensor) -> tuple[Tensor
     return _factor(matrix.to(w.device, torch.float32))
 
 # %% ../nbs/04b_rounding.ipynb #round-weights
+_CHUNK = {False: 2**18, True: 2**21}  # weights rounded at a time; GPTQ, which walks through all columns for each chunk, takes larger ones
+
+
 @torch.no_grad()
 def round_weights(
     w: Tensor,  # weights `[out_features, in_features]`, float; they stay as they are
@@ -341,6 +344,6 @@ def round_weights(
     "Return the buffers that stand for `w`; raise `RoundingError` where none can."
     size = _group_length(w, bits, group_size, rounding)
     factor = _checked_factor(hessian, w) if rounding == "gptq" else None
-    rows = max(1, (2**21 if factor else 2**18) // w.shape[1])  # at a time: their float copies take a few MB
+    rows = max(1, _CHUNK[rounding == "gptq"] // w.shape[1])
     parts = [_round_rows(part.detach().float().contiguous(), bits, size, rounding, factor) for part in w.split(rows)]
     return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

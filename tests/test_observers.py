@@ -407,6 +407,13 @@ def test_an_outlier_does_not_spoil_the_cut():
     assert watched("histogram", mild).range()[1] < 6 and watched("mse", mild).range()[1] < 6
 
 
+def test_search_looks_far():
+    "A range hundreds of times narrower than what was seen is found, also a lopsided one."
+    for low, high in [(-1.0, 1.0), (-0.3, 3.0), (-7.0, 0.5)]:
+        octaves = lambda s, z, low=low, high=high: ((128 + z) * s / -low).log2().abs() + ((127 - z) * s / high).log2().abs()
+        assert observers._search(octaves, -3000.0, 1500.0, False) == pytest.approx((low, high), rel=0.03)
+
+
 def test_mse_knows_values_that_repeat():
     "Nine of ten values are equal: the measured error knows a grid that meets them, the expected one does not."
     gains = []
