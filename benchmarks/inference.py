@@ -9,6 +9,7 @@ What a library cannot do on this machine stands in the table as the first line o
 import argparse
 import copy
 import importlib.util
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -35,11 +36,16 @@ def replace_linears(model: nn.Module, new: Callable[[nn.Linear], nn.Module]) -> 
 
 def torchao(model: nn.Module, kind: str) -> nn.Module:
     "torchao: int8 weights with dynamic int8 activations, or int4 weights for the CPU (bf16 only)."
-    from torchao.quantization import Int4WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, quantize_
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
+    if kind == "int8":
+        config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)  # the others are to run as they are
+    else:
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+        config = PrototypeInt4WeightOnlyConfig(group_size=64, set_inductor_config=False)
     model = copy.deepcopy(model)
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # torchao leaves the embedding float
-    quantize_(model, Int8DynamicActivationInt8WeightConfig() if kind == "int8" else Int4WeightOnlyConfig(group_size=64, int4_packing_format="opaque"))
+    quantize_(model, config)
     return model
 
 
@@ -64,6 +70,8 @@ def hqq(model: nn.Module, bits: int) -> nn.Module:
 def bitsandbytes(model: nn.Module, kind: str) -> nn.Module:
     "bitsandbytes: NF4 weights, or LLM.int8()."
     import bitsandbytes as bnb
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at each layer that it casts
 
     def new(layer: nn.Linear) -> nn.Module:
         size, weight = (layer.in_features, layer.out_features), layer.weight.detach().clone()
