@@ -7,8 +7,6 @@ __all__ = ['KernelError', 'pack_int4', 'unpack_int4', 'quantize_rows', 'quantize
            'quantize_tensor', 'int8_linear', 'int4_linear']
 
 # %% ../nbs/04_kernels.ipynb #imports
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -118,24 +116,27 @@ def quantize_groups(
     return codes, scale, group_scale
 
 # %% ../nbs/04_kernels.ipynb #expand-lanes
+def _run(group_scale: Tensor, width: int) -> int:
+    "Return how many neighbouring codes share a group and a half of the row: a group, or half of one where their number is odd."
+    return width // group_scale.shape[-1] // (1 + group_scale.shape[-1] % 2)
+
+
 def _has_lanes(packed: Tensor, group_scale: Tensor, width: int) -> bool:
     "Tell whether whole 32-bit integers fill each half of a row and each group in it."
-    run = math.gcd(width // group_scale.shape[-1], packed.shape[-1])
     own = packed.is_contiguous() and packed.untyped_storage().size() == packed.numel()  # so it begins where an int32 may
-    return packed.dim() == 2 and width % 2 == 0 and run % 4 == 0 and own
+    return packed.dim() == 2 and width % 2 == 0 and _run(group_scale, width) % 4 == 0 and own
 
 
 def _expand_lanes(packed: Tensor, group_scale: Tensor, width: int) -> Tensor:
     "Return what `expand_groups` does, computed with four codes side by side in an int32."
-    size, half = width // group_scale.shape[-1], packed.shape[-1]
-    run = math.gcd(size, half)  # bytes in a row that share a group and a half
-    byte = group_scale.int().repeat_interleave(size // run, -1).unsqueeze(-1)
+    run, odd = _run(group_scale, width), group_scale.shape[-1] % 2
+    byte = (group_scale.repeat_interleave(2, -1) if odd else group_scale).int().unsqueeze(-1)
     g = (byte & 15) + 1
     add = (-(byte >> 4) * g & 0xFF) * 0x01010101  # minus the zero point's share, modulo 256, in each of four bytes
-    lanes, low, top = packed.view(torch.int32).unflatten(-1, (half // run, run // 4)), 0x7F7F7F7F, -0x7F7F7F80
-    parts = []
-    for first, codes in ((0, lanes & 0x0F0F0F0F), (half // run, lanes >> 4 & 0x0F0F0F0F)):
-        a, b = codes * g[:, first:][:, : half // run], add[:, first:][:, : half // run]
+    lanes, low, top = packed.view(torch.int32).unflatten(-1, (-1, run // 4)), 0x7F7F7F7F, -0x7F7F7F80
+    parts, half = [], byte.shape[1] // 2
+    for first, codes in ((0, lanes & 0x0F0F0F0F), (half, lanes >> 4 & 0x0F0F0F0F)):
+        a, b = codes * g[:, first : first + half], add[:, first : first + half]
         parts.append(((a & low) + (b & low)) ^ ((a ^ b) & top))
     return torch.cat(parts, dim=1).flatten(1).view(torch.int8)
 
@@ -210,7 +211,7 @@ def _shifted_rows(q: Tensor, zero_point: Tensor | None) -> Tensor:
 
 
 def _product_in_place(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    "Return the same, with the integer sums in the memory of the result."
+    "Return (q - zero_point) @ w.t() * x_scale * scale + bias, the integer sums made in the memory of the result."
     rows = _shifted_rows(q, zero_point).contiguous()
     y = torch.empty(rows.shape[0], w.shape[0], device=q.device, dtype=torch.float32)
     sums = y.view(torch.int32)
@@ -225,7 +226,7 @@ _BLOCK = 2**22  # int32 sums in a block: 16 MB, which the C library recycles ins
 
 
 def _product_in_blocks(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    "Return (q - zero_point) @ w.t() * x_scale * scale + bias as one expression a block, for a compiler to fuse."
+    "Return the same as one expression a block, for a compiler to fuse."
     rows, blocks, columns = _shifted_rows(q, zero_point), [], max(1, w.shape[0])
     if rows.shape[0] * columns > _BLOCK and not q.is_cuda:
         columns = max(64, _BLOCK // rows.shape[0])

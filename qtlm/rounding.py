@@ -52,7 +52,7 @@ def _group_grid(scale: Tensor, g: Tensor, zero: Tensor) -> _Grid:
     "Return the 4-bit grid; each `k * g` fits an int8."
     return _Grid(scale, g, zero, torch.maximum(-zero, -torch.floor(128 / g)), torch.minimum(15 - zero, torch.floor(127 / g)))
 
-
+# %% ../nbs/04b_rounding.ipynb #covering
 def _covering(w: Tensor, size: int | None) -> _Grid:
     "Return the grid of round-to-nearest: it covers all weights of a row (size None: 8 bits), or of each group of `size`."
     if size is None:
@@ -72,12 +72,12 @@ def _nearest(w: Tensor, grid: _Grid) -> Tensor:
     "Return the k `[rows, groups, size]` whose weights lie nearest to `w` `[rows, in]`."
     return _land((w / grid.scale[:, None]).unflatten(1, (grid.g.shape[1], -1)), grid)
 
-# %% ../nbs/04b_rounding.ipynb #read-k
+
 def _weights(k: Tensor, grid: _Grid) -> Tensor:
     "Return the weights `[rows, in]` that `k` stands for."
     return (k * grid.g[..., None]).flatten(1).mul_(grid.scale[:, None])
 
-
+# %% ../nbs/04b_rounding.ipynb #buffers
 def _buffers(k: Tensor, grid: _Grid, bits: int) -> dict[str, Tensor]:
     "Return `k` on its grid as a layer keeps it."
     if bits == 8:
@@ -86,19 +86,16 @@ def _buffers(k: Tensor, grid: _Grid, bits: int) -> dict[str, Tensor]:
     return {"codes": pack_int4(codes), "scale": grid.scale, "group_scale": group_scale.to(torch.uint8)}
 
 # %% ../nbs/04b_rounding.ipynb #best-groups
-_FINER = 6  # candidates for g; the lesson below measures what they gain
-
-
 def _error_sum(error: Tensor, power: float) -> Tensor:
     "Return the sum of |error|^power over the last axis; changes `error`."
     return (error.square_() if power == 2 else error.abs_().pow_(power)).sum(-1)
 
 
-def _best_groups(v: Tensor, power: float = 2) -> tuple[Tensor, Tensor]:
+def _best_groups(v: Tensor, candidates: int = 6, power: float = 2) -> tuple[Tensor, Tensor]:
     "Return g and zero `[rows, groups]` of least sum of |error|^power for groups `v` `[rows, groups, size]`, in units of the row's scale."
     middle = (v.amin(-1).clamp_max(0) + v.amax(-1).clamp_min(0)) / 2
     best, covering = None, _covering_grid(v)[0][..., 0]
-    for finer in range(_FINER):
+    for finer in range(candidates):
         g = (covering - finer).clamp_min(1)
         zero = (7.5 - middle / g).round_().clamp_(0, 15)
         k = _land(v, _group_grid(g, g, zero))
@@ -116,22 +113,26 @@ def _refit(target: Tensor, k: Tensor, grid: _Grid, hessian: Tensor | None = None
     return replace(grid, scale=torch.where((ratio > 0) & ratio.isfinite(), _row_scale(ratio, 1), grid.scale))
 
 # %% ../nbs/04b_rounding.ipynb #search
-_FACTORS = {8: (0.99, 0.97, 0.94, 0.9), 4: (1.0, 1.05, 0.95)}  # of the covering scale; how much each brings was measured on trained layers
-
-
-def _search(w: Tensor, size: int | None, power: float = 2, settle: Callable | None = None) -> _Grid:
-    "Return the grid of least sum of |error|^power in each row of `w`; `settle` fits each candidate's scales (None: least squares, at 4 bits only)."
+def _search(w: Tensor, size: int | None, factors: tuple, candidates: int = 6, power: float = 2, settle: Callable | None = None) -> _Grid:
+    "Return, row by row, the grid of least sum of |error|^power: the covering one, or one made at a factor of its scale and settled."
     best = start = _covering(w, size)
     least = _error_sum(_weights(_nearest(w, best), best) - w, power)
-    for factor in _FACTORS[8 if size is None else 4]:
+    for factor in factors:
         scale = _row_scale(start.scale * factor, 1)
         v = None if size is None else (w / scale[:, None]).unflatten(1, (-1, size))
-        grid = _row_grid(scale) if size is None else _group_grid(scale, *_best_groups(v, power))
-        if settle or size:
-            grid = (settle or _refit)(w, _nearest(w, grid), grid)
+        grid = _row_grid(scale) if size is None else _group_grid(scale, *_best_groups(v, candidates, power))
+        grid = grid if settle is None else settle(w, _nearest(w, grid), grid)
         error = _error_sum(_weights(_nearest(w, grid), grid) - w, power)
         best, least = grid.where(error < least, best), torch.minimum(error, least)
     return best
+
+# %% ../nbs/04b_rounding.ipynb #squares-grid
+_AROUND, _CUTS = (1.0, 1.05, 0.95), (0.99, 0.97, 0.94, 0.9)  # on trained layers, more factors brought less than 0.05 dB
+
+
+def _squares_grid(w: Tensor, size: int | None) -> _Grid:
+    "Return the grid of least squared error in each row."
+    return _search(w, None, _CUTS) if size is None else _search(w, size, _AROUND, settle=_refit)
 
 # %% ../nbs/04b_rounding.ipynb #shrink
 def _shrink(error: Tensor, beta: float, power: float) -> Tensor:
@@ -149,6 +150,11 @@ def _settle_without_outliers(w: Tensor, k: Tensor, grid: _Grid, rounds: int = 5,
         grid = _refit(w - excused, k, grid)
         k, beta = _nearest(w, grid), beta * 1.01
     return grid
+
+# %% ../nbs/04b_rounding.ipynb #hqq-grid
+def _hqq_grid(w: Tensor, size: int | None) -> _Grid:
+    "Return the grid of least sum of |error|^0.7 in each row, among those that cut hardly anything off."
+    return _search(w, size, (1.0,) if size is None else _AROUND, 2, 0.7, _settle_without_outliers)
 
 # %% ../nbs/04b_rounding.ipynb #errors
 class RoundingError(ValueError):
@@ -218,12 +224,12 @@ def _factor(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return order, h, upper
     raise RoundingError("hessian: found a matrix that is not positive semidefinite; expected the sum of x^T x over inputs, as Hessian.add makes it.")
 
-# %% ../nbs/04b_rounding.ipynb #feedback
+# %% ../nbs/04b_rounding.ipynb #by-column
 def _by_column(grid: _Grid) -> tuple[Tensor, Tensor, Tensor]:
     "Return step, first and last of each group for all rows, `[groups, rows]`: columns are what is worked on."
     return tuple(t.t().contiguous() for t in (grid.g * grid.scale[:, None], grid.first, grid.last))
 
-
+# %% ../nbs/04b_rounding.ipynb #feedback
 def _feedback(w: Tensor, grid: _Grid, order: Tensor, upper: Tensor, block: int = 128) -> Tensor:
     "Return k `[rows, in]`: columns are rounded in this order, and the error of each is made good by those that follow."
     (step, first, last), rest = _by_column(grid), w.t()[order]
@@ -267,7 +273,7 @@ def _descend(w: Tensor, k: Tensor, grid: _Grid, order: Tensor, h: Tensor, block:
 def _gptq(w: Tensor, size: int | None, factor: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, _Grid]:
     "Return k `[rows, groups, size]` and the grid: least-squares grids, error feedback, scales fitted to the outputs, one descent."
     order, h, upper = factor
-    grid = _search(w, size)
+    grid = _squares_grid(w, size)
     groups = grid.g.shape[1]
     k, back = _feedback(w, grid, order, upper), order.argsort()
     grid = _refit(w, k.unflatten(1, (groups, -1)), grid, h[back][:, back])
@@ -293,7 +299,7 @@ def _round_rows(w: Tensor, bits: int, size: int | None, rounding: str, factor: t
     if rounding == "gptq":
         k, grid = _gptq(w, size, factor)
     else:
-        grid = _search(w, size) if rounding == "mse" else _search(w, size, 0.7, _settle_without_outliers)
+        grid = _squares_grid(w, size) if rounding == "mse" else _hqq_grid(w, size)
         k = _nearest(w, grid)
     return _buffers(k, replace(grid, scale=grid.scale * unit), bits)
 

@@ -377,6 +377,18 @@ def test_compiled_kernels_give_the_same_bits():
     assert all(torch.equal(alone[0], among[0]) for alone, among in zip(compiled(x[:1]), compiled(x)))
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_one_graph_serves_any_number_of_tokens(monkeypatch):
+    "Compiled with open shapes, above and below the size at which products are cut into blocks."
+    monkeypatch.setattr(kernels, "_BLOCK", 4096)
+    c4, s4, b4 = quantize_groups(torch.randn(90, 64), 16)
+    packed = pack_int4(c4)
+    compiled = torch.compile(lambda x: int4_linear(x, packed, s4, b4, 16), fullgraph=True, dynamic=True)
+    for tokens in (5, 40, 90, 200):
+        x = torch.randn(tokens, 64)
+        assert torch.equal(compiled(x), int4_linear(x, packed, s4, b4, 16))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("tokens", [1, 16, 17, 40])
 def test_cuda_gives_the_same_integers(tokens):

@@ -250,6 +250,14 @@ def test_gptq_beats_all_others_on_what_the_layer_sees(bits, size):
     assert errors["gptq"] < 0.8 * min(errors[name] for name in DATA_FREE)
 
 
+def test_columns_that_matter_most_are_rounded_first():
+    "Ties keep the order of the layer; the damped matrix is the Hessian in that order, its mean diagonal 1."
+    matrix = torch.diag(torch.tensor([2.0, 0.0, 5.0, 2.0, 1.0]))
+    order, h, upper = rounding._factor(matrix)
+    assert order.tolist() == [2, 0, 3, 4, 1]
+    assert torch.allclose(h, matrix[order][:, order] / 2 + 0.01 * torch.eye(5)) and torch.allclose(upper.t() @ upper @ h, torch.eye(5), atol=1e-5)
+
+
 def test_gptq_takes_a_matrix_of_any_size_of_numbers():
     "Only the shape of the Hessian counts, not its unit; a Hessian and its matrix are the same."
     w, hessian = normal(10, 8, 32), Hessian(32).add(inputs(10, 500, 32))
