@@ -6,11 +6,10 @@
 __all__ = ['SensitivityRow', 'Sensitivity', 'sensitivity', 'mixed_precision']
 
 # %% ../nbs/05a_budget.ipynb #imports
-import contextlib
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from .layers import _check_model, _empty_weights, _matrix, QuantizationError
 from .loss import compute_loss, distillation_loss, LossError
 from .model import ModelInputError
 from .plan import _plan, _settings, _Task
-from .quantization import _integer_layers, _seen, _swap
+from .quantization import _integer_layers, _seen, _stand_in
 
 # %% ../nbs/05a_budget.ipynb #sensitivity-row
 @dataclass(frozen=True)
@@ -72,18 +71,6 @@ class Sensitivity:
         ax.set(xlabel="divergence from the float model, nats", title=f"{rows[0].name.removeprefix('model.')} pays most" if rows else "nothing is quantized")
         return ax
 
-# %% ../nbs/05a_budget.ipynb #stand-in
-@contextlib.contextmanager
-def _stand_in(model: nn.Module, task: _Task, made: dict) -> Iterator[None]:
-    "Let integer layers stand in for the owners of one weight of `model`; put the float ones back afterwards."
-    kept = [(layer.module, vars(layer.module), type(layer.module)) for layer in task.owners]
-    try:
-        _swap(model, made, inplace=True)
-        yield
-    finally:
-        for module, own, kind in kept:
-            module.__dict__, module.__class__ = own, kind
-
 # %% ../nbs/05a_budget.ipynb #scores
 @dataclass
 class _Score:
@@ -112,7 +99,7 @@ def _scored(model: nn.Module, tasks: list[_Task], made: list[dict], batches: lis
             logits = model_logits(model, inputs)
             scores[0].add(logits, targets, logits)
             for score, task, layers in zip(scores[1:], tasks, made):
-                with _stand_in(model, task, layers):
+                with _stand_in(model, layers):
                     score.add(model_logits(model, inputs), targets, logits)
     if not scores[0].count:
         raise DataError("no target counts; expected one at least that is not ignored.")
@@ -140,7 +127,7 @@ def _prices(model: nn.Module, batches: Any, settings: QuantizationConfig, data, 
     held_out = list(_batches_of(batches, model, num_batches))
     work = copy.deepcopy(model)
     tasks, _ = _plan(work, settings)
-    seen = _seen(work, tasks, settings, held_out if data is None else data)
+    seen, _ = _seen(work, tasks, settings, held_out if data is None else data)
     return _priced(work, tasks, seen, held_out), tasks, seen
 
 # %% ../nbs/05a_budget.ipynb #sensitivity

@@ -34,30 +34,34 @@ class _Watched:
     observer: Observer | None  # of its input's range
     hessian: Hessian | None  # of its input's directions
     calls: int = 0
+    stage: int | None = None  # layers with the same stage were given the same tensor; stages are in the order of the calls
 
 
-class _Products:
-    "Outer products of a layer's inputs, computed once for layers that are given the same tensor."
+class _Inputs:
+    "The inputs of layers one after another: which are the same tensor, and its product with itself, computed once."
 
     def __init__(self):
-        self.of, self.hessian = None, None
+        self.last, self.number, self.product = None, -1, None
 
-    def add_to(self, hessian: Hessian, x: Tensor) -> None:
-        if self.of is None or self.of[0] is not x or self.of[1] != x._version:
-            self.of, self.hessian = (x, x._version), Hessian(x.shape[-1], device=x.device)
-            self.hessian.add(x)
-        hessian.matrix += self.hessian.matrix.to(hessian.matrix.device)
-        hessian.count += self.hessian.count
+    def see(self, x: Tensor) -> None:
+        if self.last is None or self.last[0] is not x or self.last[1] != x._version:
+            self.last, self.number, self.product = (x, x._version), self.number + 1, None
+
+    def add_to(self, hessian: Hessian) -> None:
+        x = self.last[0].detach()
+        self.product = self.product or Hessian(x.shape[-1], device=x.device).add(x)
+        hessian.merge(self.product)
 
 # %% ../nbs/04f_calibration.ipynb #observe
-def _observe(watched: _Watched, products: _Products, module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _observe(watched: _Watched, inputs: _Inputs, module: nn.Module, args: tuple, kwargs: dict) -> None:
     "Take the input of a call into account; this is the hook."
-    x = args[0] if args else next(iter(kwargs.values()))
+    inputs.see(args[0] if args else next(iter(kwargs.values())))
+    watched.stage = inputs.number if watched.stage is None else watched.stage
     try:
         if watched.observer is not None:
-            watched.observer(x)
+            watched.observer(inputs.last[0])
         if watched.hessian is not None:
-            products.add_to(watched.hessian, x.detach())
+            inputs.add_to(watched.hessian)
     except (ObserverError, RoundingError) as error:
         raise QuantizationError(f"calibration_data: the input of {watched.name or 'the model'}: {error}") from None
     watched.calls += 1
@@ -75,15 +79,25 @@ def _reached(watched: Iterable[_Watched]) -> None:
 
 # %% ../nbs/04f_calibration.ipynb #hooked
 @contextlib.contextmanager
-def _hooked(layers: Iterable[_Watched]) -> Iterator[None]:
-    "Watch `layers` inside; torch's fast path around layers is closed meanwhile."
-    products, fast = _Products(), torch.backends.mha.get_fastpath_enabled()
-    handles = [w.module.register_forward_pre_hook(partial(_observe, w, products), with_kwargs=True) for w in layers]
+def _fast_path_closed() -> Iterator[None]:
+    "Keep torch's attention layers from computing without calling the layers inside them."
+    fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _hooked(layers: Iterable[_Watched]) -> Iterator[None]:
+    "Watch `layers` inside."
+    inputs = _Inputs()
+    handles = [w.module.register_forward_pre_hook(partial(_observe, w, inputs), with_kwargs=True) for w in layers]
+    try:
+        with _fast_path_closed():
+            yield
+    finally:
         for handle in handles:
             handle.remove()
 
@@ -226,8 +240,8 @@ def _run_batch(model: nn.Module, batch: Any, readings: list, where: str) -> int:
     raise QuantizationError(f"{where}: found {_shown(batch)}; {what}; expected inputs of the model, (inputs, targets), or a dict of its arguments.")
 
 # %% ../nbs/04f_calibration.ipynb #watch
-def _watch(model: nn.Module, config: QuantizationConfig, observe: str = "all") -> Calibration:
-    "Return a `Calibration` that has seen nothing yet. `observe`: ranges of `all` linear layers, or of `static` ones only."
+def _watch(model: nn.Module, config: QuantizationConfig, observe: str = "all", hessians: bool = True) -> Calibration:
+    "Return a `Calibration` that has seen nothing yet: of ranges those of `all` linear layers, or of `static` ones only; Hessians for GPTQ, or none."
     _check_model(model)
     quantized = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantLinear)]
     if quantized:
@@ -242,7 +256,7 @@ def _watch(model: nn.Module, config: QuantizationConfig, observe: str = "all") -
         for layer in task.linear if ranges or gptq else ():
             observer = make_observer(task.config.observer, task.config.symmetric, task.config.percentile) if ranges else None
             weight = layer.module.weight
-            hessian = Hessian(layer.module.in_features if isinstance(layer.module, nn.Linear) else len(weight), device=weight.device) if gptq else None
+            hessian = Hessian(layer.module.in_features if isinstance(layer.module, nn.Linear) else len(weight), device=weight.device) if gptq and hessians else None
             layers.append(_Watched(layer.name, layer.module, observer, hessian))
     return Calibration(layers, static=False)
 
@@ -251,21 +265,28 @@ def _placed(batch: Any, device: torch.device) -> list[tuple[tuple, dict]]:
     "Return the readings of a batch with their tensors on `device`."
     return [(tuple(_to_device(value, device) for value in args), _to_device(kwargs, device)) for args, kwargs in _readings(batch)]
 
-# %% ../nbs/04f_calibration.ipynb #show
-def _show_(seen: Calibration, model: nn.Module, data: Any, num_batches: int | None = None) -> Calibration:
-    "Run the batches of `data` through the model while `seen` watches."
+# %% ../nbs/04f_calibration.ipynb #readable
+def _readable(model: nn.Module, data: Any, num_batches: int | None = None) -> Iterator[tuple]:
+    "Yield for each batch where it stands, the batch, and its reading: the first batch is tried on the model to find which one."
     device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
-    batches = _batches_of(data, model, num_batches)
-    where = "calibration_data: batch {}".format
-    with evaluation_mode(model):
-        for first in batches:
-            chosen = _run_batch(model, first, _placed(first, device), where(0))  # unwatched: what a wrong reading shows is not kept
-            with seen:
-                for number, batch in enumerate(itertools.chain([first], batches)):
-                    readings = _placed(batch, device)
-                    _run_batch(model, batch, readings[chosen : chosen + 1] or readings[-1:], where(number))
-            return seen
-    raise QuantizationError("calibration_data: found no batches; expected at least one.")
+    chosen = None
+    for number, batch in enumerate(_batches_of(data, model, num_batches)):
+        where, readings = f"calibration_data: batch {number}", _placed(batch, device)
+        if chosen is None:
+            with evaluation_mode(model):
+                chosen = _run_batch(model, batch, readings, where)
+        yield where, batch, readings[chosen : chosen + 1] or readings[-1:]
+
+# %% ../nbs/04f_calibration.ipynb #show
+def _show_(seen: Calibration, model: nn.Module, readable: Iterable[tuple]) -> Calibration:
+    "Run batches through the model while `seen` watches."
+    batches = iter(readable)
+    if (first := next(batches, None)) is None:  # what the model did with it before is not kept
+        raise QuantizationError("calibration_data: found no batches; expected at least one.")
+    with evaluation_mode(model), seen:
+        for where, batch, readings in itertools.chain([first], batches):
+            _run_batch(model, batch, readings, where)
+    return seen
 
 # %% ../nbs/04f_calibration.ipynb #calibrate
 def calibrate(
@@ -278,4 +299,4 @@ def calibrate(
 ) -> Calibration:  # for `calibration_data=` of `quantize_model_ptq`; a table in Jupyter
     "Watch what the linear layers of a model are given: run `batches` through it, or use as `with calibrate(model) as seen:`."
     seen = _watch(model, _settings(config, overrides))
-    return seen if batches is None else _show_(seen, model, batches, num_batches)
+    return seen if batches is None else _show_(seen, model, _readable(model, batches, num_batches))

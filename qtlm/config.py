@@ -593,6 +593,9 @@ class QuantizationConfig(Config):
         None, "How a weight gets its code: the nearest one; with scales of least squared error (mse) or least |error|^p (hqq); so that outputs "
         "on calibration data change least (gptq); null: nearest at 8 bits, mse at 4", unit="name", example="gptq",
         aliases=("quantization_rounding",))
+    sequential: bool = _field(
+        True, "gptq: round layer after layer, each on what the rounded ones before it give, and make good their errors too; False: faster, "
+        "every layer by itself", unit="switch", example=False)
     observer: _Observer = _field(
         "histogram", "What fixes the range of static activations", unit="name", example="percentile", aliases=("quantization_observer",))
     symmetric: bool = _field(

@@ -6,15 +6,18 @@
 __all__ = ['quantize_model_ptq', 'dequantize_model', 'quantization_metadata', 'restore_quantization']
 
 # %% ../nbs/05_quantization.ipynb #imports
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .account import _plain, get_quantization_info, LayerInfo, QuantizationInfo, QuantizationReport
-from .calibration import _reached, _show_, _watch, calibrate, Calibration
+from .batches import evaluation_mode
+from .calibration import _fast_path_closed, _reached, _readable, _show_, _watch, calibrate, Calibration
 from .config import QuantizationConfig, TrainingConfig
 from .kernels import KernelError
 from qtlm.layers import (
@@ -48,35 +51,38 @@ def _static_range(task: _Task, name: str, seen: Calibration | None) -> dict[str,
     scale, zero_point = observer.qparams()
     return {"input_scale": scale} if observer.symmetric else {"input_scale": scale, "input_zero_point": zero_point}
 
-# %% ../nbs/05_quantization.ipynb #rounded
-def _rounded(task: _Task, seen: Calibration | None) -> dict[str, Tensor]:
-    "Return the buffers that stand for a task's weight."
-    weight, hessian = _matrix(task.owners[0].module), None
-    if task.rounding == "gptq":
-        first, *others = (seen.layers[layer.name].hessian for layer in task.linear)
-        hessian = Hessian(weight.shape[1], device=weight.device) if others else first
-        for part in (first, *others) if others else ():
-            hessian.matrix += part.matrix
-            hessian.count += part.count
+# %% ../nbs/05_quantization.ipynb #hessian-of
+def _hessian(task: _Task, seen: Calibration) -> Hessian:
+    "Return the Hessian of what the owners of a weight were given."
+    first, *others = (seen.layers[layer.name].hessian for layer in task.linear)
+    whole = Hessian(len(first.matrix), device=first.matrix.device).merge(first) if others else first
+    for other in others:
+        whole.merge(other)
+    return whole
+
+# %% ../nbs/05_quantization.ipynb #integer-owners
+def _integer_owners(task: _Task, seen: Calibration | None, hessian: Hessian | None = None, weight: Tensor | None = None) -> dict[int, _Quantized]:
+    "Return integer layers for the owners of one weight, by module id; they share their buffers. `weight`: what to round in its place."
+    original = _matrix(task.owners[0].module).detach()
     try:
-        return round_weights(weight, task.bits, task.group_size, task.rounding, hessian)
+        buffers = round_weights(original if weight is None else weight, task.bits, task.group_size, task.rounding, hessian)
     except (KernelError, RoundingError) as error:
         raise QuantizationError(f"{task.owners[0].name}: {error}") from None
+    made, sqnr = {}, _sqnr(original, **buffers)
+    for layer in task.owners:
+        fixed = _static_range(task, layer.name, seen)
+        symmetric = "input_zero_point" not in fixed if fixed else None
+        new = made[id(layer.module)] = _integer_layer(layer.module, task.bits, task.group_size, "meta", symmetric)
+        new._buffers.update(buffers | {name: value.to(buffers["codes"].device) for name, value in fixed.items()})
+        new.sqnr, new.rounding = sqnr, task.rounding
+    return made
 
 # %% ../nbs/05_quantization.ipynb #integer-layers
 def _integer_layers(tasks: list[_Task], seen: Calibration | None = None) -> dict[int, _Quantized]:
-    "Return the integer layer for each module, by its id; owners of one weight get the same buffers."
+    "Return the integer layer for each module, by its id, each weight rounded by itself."
     made = {}
     for task in tasks:
-        with torch.no_grad():
-            buffers = _rounded(task, seen)
-            sqnr = _sqnr(_matrix(task.owners[0].module), **buffers)
-        for layer in task.owners:
-            fixed = _static_range(task, layer.name, seen)
-            symmetric = "input_zero_point" not in fixed if fixed else None
-            new = made[id(layer.module)] = _integer_layer(layer.module, task.bits, task.group_size, "meta", symmetric)
-            new._buffers.update(buffers | {name: value.to(buffers["codes"].device) for name, value in fixed.items()})
-            new.sqnr, new.rounding = sqnr, task.rounding
+        made |= _integer_owners(task, seen, _hessian(task, seen) if task.rounding == "gptq" else None)
     return made
 
 # %% ../nbs/05_quantization.ipynb #swap
@@ -105,24 +111,166 @@ def _swap(model: nn.Module, new: dict[int, nn.Module], inplace: bool) -> nn.Modu
         old.__dict__, old.__class__ = vars(new[id(old)]), type(new[id(old)])
     return model
 
+# %% ../nbs/05_quantization.ipynb #stand-in
+@contextlib.contextmanager
+def _stand_in(model: nn.Module, made: dict[int, nn.Module]) -> Iterator[None]:
+    "Let integer layers stand in for float ones inside; put the float ones back afterwards."
+    kept = [(module, vars(module), type(module)) for module in model.modules() if id(module) in made]
+    try:
+        _swap(model, made, inplace=True)
+        yield
+    finally:
+        for module, own, kind in kept:
+            module.__dict__, module.__class__ = own, kind
+
+# %% ../nbs/05_quantization.ipynb #input-of
+class _Enough(BaseException):
+    "What was waited for has come: the rest of a forward pass is not needed."
+
+
+def _input_of(module: nn.Module, call: Callable) -> Tensor:
+    "Run `call` until `module` is called, and return what it is given, as `[tokens, width]`."
+    got = []
+
+    def catch(module, args, kwargs):
+        got.append(args[0] if args else next(iter(kwargs.values())))
+        raise _Enough
+
+    handle = module.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        call()
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return got[0].reshape(-1, got[0].shape[-1]).float()
+
+# %% ../nbs/05_quantization.ipynb #correction
+def _correction(module: nn.Module, runs: list[tuple], model: nn.Module, made: dict) -> tuple[Hessian, Tensor]:
+    "Return the Hessian of what `module` is given behind integer layers, and what to multiply its weight by to aim at the float outputs."
+    hessian = cross = None
+    for plain, behind in runs:
+        x = _input_of(module, plain)
+        with _stand_in(model, made):
+            rounded = _input_of(module, behind)
+        hessian = (hessian or Hessian(x.shape[-1], device=x.device)).add(rounded)
+        product = (x - rounded).t() @ rounded
+        cross = product if cross is None else cross.add_(product)
+    damped = hessian.matrix.double()
+    damped.diagonal().add_(0.01 * damped.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    back = torch.linalg.solve(damped, cross.t().double()).t()
+    back.diagonal().add_(1)
+    return hessian, back.float()
+
+# %% ../nbs/05_quantization.ipynb #noted
+def _noted(blocks: list[nn.Module], call: Callable) -> list[tuple]:
+    "Run `call`, and return (block, arguments, result) of each call of a block; a result of several parts counts as its first."
+    notes = []
+    keep = lambda block, args, kwargs, result: notes.append((block, args, kwargs, result[0] if isinstance(result, tuple) and result else result))
+    handles = [block.register_forward_hook(keep, with_kwargs=True) for block in blocks]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return notes
+
+
+def _blocks(model: nn.Module, modules: list[nn.Module], call: Callable) -> list[nn.Module]:
+    "Return the blocks of a model that hold most of `modules`, if they are called one after another with the result of the one before; or none."
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    inside = lambda blocks: sum(module in set(block.modules()) for block in blocks for module in modules)
+    blocks = max(lists, key=inside, default=[])
+    notes = _noted(blocks, call)
+    in_order = [block for block, *_ in notes] == blocks and all(args and isinstance(args[0], Tensor) for _, args, *_ in notes)
+    return blocks if in_order and all(after[1][0] is before[3] for before, after in zip(notes, notes[1:])) else []
+
+# %% ../nbs/05_quantization.ipynb #streams
+class _Streams:
+    "Runs of a model for a stage: whole ones, or of the block at hand, which is given what the blocks before it returned."
+
+    def __init__(self, model: nn.Module, modules: list[nn.Module], calls: list[Callable]):
+        self.model, self.calls, self.at, self.streams = model, calls, None, []
+        self.blocks = _blocks(model, modules, calls[0])
+
+    def runs(self, module: nn.Module, made: dict) -> list[tuple[Callable, Callable]]:
+        "Return for each batch what has to be run so that `module` is called: once as it is, once behind integer layers."
+        block = next((i for i, block in enumerate(self.blocks) if any(m is module for m in block.modules())), None)
+        if block is None or self.at is not None and block < self.at:
+            return [(call, call) for call in self.calls]
+        if self.at is None:
+            self._enter(block, made)
+        while self.at < block:
+            self._advance(made)
+        return [tuple(partial(self.blocks[block], x, *args[block], **kwargs[block]) for x in xs) for xs, args, kwargs in self.streams]
+
+    def _enter(self, block: int, made: dict) -> None:
+        for call in self.calls:
+            notes = _noted(self.blocks, call)
+            with _stand_in(self.model, made):
+                behind = _noted(self.blocks, call)
+            xs = [note[block][1][0] for note in (notes, behind)]
+            self.streams.append((xs, [args[1:] for _, args, *_ in notes], [kwargs for _, _, kwargs, _ in notes]))
+        self.at = block
+
+    def _advance(self, made: dict) -> None:
+        for xs, args, kwargs in self.streams:
+            run = lambda x: _noted([self.blocks[self.at]], partial(self.blocks[self.at], x, *args[self.at], **kwargs[self.at]))[0][3]
+            xs[0] = run(xs[0])
+            with _stand_in(self.model, made):
+                xs[1] = run(xs[1])
+        self.at += 1
+
+# %% ../nbs/05_quantization.ipynb #layer-after-layer
+_TOKENS = 16_384  # of the calibration data, which are looked at layer after layer
+
+
+def _layer_after_layer(model: nn.Module, tasks: list[_Task], seen: Calibration, readable: list[tuple]) -> dict[int, _Quantized]:
+    "Return the integer layer for each module, those that GPTQ rounds one stage after another."
+    made = _integer_layers([task for task in tasks if task.rounding != "gptq"], seen)
+    stages, calls, tokens = {}, [], 0
+    for task in (task for task in tasks if task.rounding == "gptq"):
+        stages.setdefault(seen.layers[task.linear[0].name].stage, []).append(task)
+    modules = [stages[stage][0].linear[0].module for stage in sorted(stages)]
+    with evaluation_mode(model), _fast_path_closed():
+        for _, _, ((args, kwargs), *_) in readable:
+            calls.append(partial(model, *args, **kwargs))
+            tokens += len(_input_of(modules[0], calls[-1]))
+            if tokens >= _TOKENS:
+                break
+        streams = _Streams(model, modules, calls)
+        for stage, module in zip(sorted(stages), modules):
+            hessian, back = _correction(module, streams.runs(module, made), model, made)
+            for task in stages[stage]:
+                made |= _integer_owners(task, seen, hessian, _matrix(task.owners[0].module).float() @ back)
+    return made
+
+# %% ../nbs/05_quantization.ipynb #check-watched
+def _check_watched(name: str, task: _Task, watched) -> None:
+    "Refuse a calibration that has not looked at a layer in the way that its task needs."
+    lacks = watched is None or task.config.type == "static" and watched.observer is None or task.rounding == "gptq" and watched.hessian is None
+    if lacks or watched.hessian is not None and len(watched.hessian.matrix) != _matrix(task.owners[0].module).shape[1]:
+        raise QuantizationError(f"calibration_data: {name} was not watched as type={task.config.type!r}, rounding={task.rounding!r} need it; "
+                                "expected a calibration with the same settings: calibrate(model, batches, config).")  # fmt: skip
+
 # %% ../nbs/05_quantization.ipynb #seen
-def _seen(model: nn.Module, tasks: list[_Task], config: QuantizationConfig, data) -> Calibration | None:
-    "Return a calibration that has seen all that the tasks need, or None if they need none."
+def _seen(model: nn.Module, tasks: list[_Task], config: QuantizationConfig, data, hessians: bool = True) -> tuple[Calibration | None, list]:
+    "Return a calibration that has seen all that the tasks need, or None if they need none; without Hessians, the batches too."
     needs = {layer.name: task for task in tasks for layer in task.linear if task.config.type == "static" or task.rounding == "gptq"}
     if not needs:
-        return None
+        return None, []
     if data is None:
         why = "type='static'" if any(task.config.type == "static" for task in needs.values()) else "rounding='gptq'"
         raise QuantizationError(f"calibration_data: found None with {why}; expected batches. A few dozen typical ones do: calibration_data=[...].")
-    seen = data if isinstance(data, Calibration) else _show_(_watch(model, config, observe="static"), model, data)
-    for name, task in needs.items():
-        watched = seen.layers.get(name)
-        lacks = watched is None or task.config.type == "static" and watched.observer is None or task.rounding == "gptq" and watched.hessian is None
-        if lacks or watched.hessian is not None and watched.hessian.matrix.shape[0] != _matrix(task.owners[0].module).shape[1]:
-            raise QuantizationError(f"calibration_data: {name} was not watched as type={task.config.type!r}, rounding={task.rounding!r} need it; "
-                                    "expected a calibration with the same settings: calibrate(model, batches, config).")  # fmt: skip
+    if isinstance(data, Calibration):
+        for name, task in needs.items():
+            _check_watched(name, task, data.layers.get(name))
+        seen, kept = data, []
+    else:
+        kept = _readable(model, data) if hessians else list(_readable(model, data))
+        seen = _show_(_watch(model, config, observe="static", hessians=hessians), model, kept)
     _reached(seen.layers[name] for name in needs)
-    return seen
+    return seen, kept
 
 # %% ../nbs/05_quantization.ipynb #quantize-model-ptq
 def quantize_model_ptq(
@@ -142,8 +290,10 @@ def quantize_model_ptq(
         raise QuantizationError(f"{done}: is quantized already; expected a float model. Quantize the original, or dequantize_model(model) first.")
     tasks, left_alone = _plan(model, settings)
     with torch.inference_mode(False):  # buffers made inside inference mode could never take part in a backward pass
-        seen = _seen(model, tasks, settings, calibration_data)
-        quantized = _swap(model, _integer_layers(tasks, seen), inplace)
+        after = any(t.rounding == "gptq" for t in tasks) and settings.sequential and not isinstance(calibration_data, Calibration)
+        seen, batches = _seen(model, tasks, settings, calibration_data, hessians=not after)
+        made = _layer_after_layer(model, tasks, seen, batches) if after else _integer_layers(tasks, seen)
+        quantized = _swap(model, made, inplace)
     quantized._left_alone = left_alone
     return quantized
 
