@@ -8,6 +8,7 @@ __all__ = ['quantize_model_ptq', 'dequantize_model', 'quantization_metadata', 'r
 # %% ../nbs/05_quantization.ipynb #imports
 import contextlib
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -128,8 +129,8 @@ class _Enough(BaseException):
     "What was waited for has come: the rest of a forward pass is not needed."
 
 
-def _input_of(module: nn.Module, call: Callable) -> Tensor:
-    "Run `call` until `module` is called, and return what it is given, as `[tokens, width]`."
+def _input_of(module: nn.Module, call: Callable) -> Tensor | None:
+    "Run `call` until `module` is called, and return what it is given, as `[tokens, width]`; None if it is never called."
     got = []
 
     def catch(module, args, kwargs):
@@ -143,19 +144,23 @@ def _input_of(module: nn.Module, call: Callable) -> Tensor:
         pass
     finally:
         handle.remove()
-    return got[0].reshape(-1, got[0].shape[-1]).float()
+    return got[0].reshape(-1, got[0].shape[-1]).float() if got else None
 
 # %% ../nbs/05_quantization.ipynb #correction
-def _correction(module: nn.Module, runs: list[tuple], model: nn.Module, made: dict) -> tuple[Hessian, Tensor]:
-    "Return the Hessian of what `module` is given behind integer layers, and what to multiply its weight by to aim at the float outputs."
+def _correction(module: nn.Module, runs: list[tuple], model: nn.Module, made: dict) -> tuple[Hessian, Tensor] | None:
+    "Return the Hessian of what `module` is given behind integer layers, and what to multiply its weight by to aim at the float outputs; None if no run calls it."
     hessian = cross = None
     for plain, behind in runs:
         x = _input_of(module, plain)
         with _stand_in(model, made):
             rounded = _input_of(module, behind)
+        if x is None or rounded is None or x.shape != rounded.shape:  # some data do not reach it, or not behind integer layers
+            continue
         hessian = (hessian or Hessian(x.shape[-1], device=x.device)).add(rounded)
         product = (x - rounded).t() @ rounded
         cross = product if cross is None else cross.add_(product)
+    if hessian is None:
+        return None
     damped = hessian.matrix.double()
     damped.diagonal().add_(0.01 * damped.diagonal().mean() + torch.finfo(torch.float32).tiny)
     back = torch.linalg.solve(damped, cross.t().double()).t()
@@ -183,7 +188,22 @@ def _blocks(model: nn.Module, modules: list[nn.Module], call: Callable) -> list[
     blocks = max(lists, key=inside, default=[])
     notes = _noted(blocks, call)
     in_order = [block for block, *_ in notes] == blocks and all(args and isinstance(args[0], Tensor) for _, args, *_ in notes)
-    return blocks if in_order and all(after[1][0] is before[3] for before, after in zip(notes, notes[1:])) else []
+    chained = in_order and all(after[1][0] is before[3] for before, after in zip(notes, notes[1:]))
+    again = lambda block, args, kwargs: _noted([block], partial(block, *args, **kwargs))[0][3]
+    return blocks if chained and all(torch.equal(again(*note[:3]), note[3]) for note in notes) else []
+
+
+@contextlib.contextmanager
+def _uncached(model: nn.Module) -> Iterator[None]:
+    "Switch off the cache that transformers' models keep of keys and values."
+    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None) is True}.values()
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs:
+            config.use_cache = True
 
 # %% ../nbs/05_quantization.ipynb #streams
 class _Streams:
@@ -221,6 +241,18 @@ class _Streams:
                 xs[1] = run(xs[1])
         self.at += 1
 
+# %% ../nbs/05_quantization.ipynb #correction-of
+def _corrected(task: _Task, runs: list[tuple], model: nn.Module, made: dict) -> tuple[Hessian, Tensor] | None:
+    "Return `_correction` for a task's layer, with errors that name it."
+    layer = task.linear[0]
+    try:
+        return _correction(layer.module, runs, model, made)
+    except RoundingError as error:
+        raise QuantizationError(f"calibration_data: the input of {layer.name}: {error}") from None
+    except Exception as error:  # whatever a model of somebody's raises
+        what = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else ''}"
+        raise QuantizationError(f"{layer.name}: behind integer layers the model raised {what}; expected it to run as before. Try sequential=False.") from error
+
 # %% ../nbs/05_quantization.ipynb #layer-after-layer
 _TOKENS = 16_384  # of the calibration data, which are looked at layer after layer
 
@@ -228,21 +260,22 @@ _TOKENS = 16_384  # of the calibration data, which are looked at layer after lay
 def _layer_after_layer(model: nn.Module, tasks: list[_Task], seen: Calibration, readable: list[tuple]) -> dict[int, _Quantized]:
     "Return the integer layer for each module, those that GPTQ rounds one stage after another."
     made = _integer_layers([task for task in tasks if task.rounding != "gptq"], seen)
-    stages, calls, tokens = {}, [], 0
+    stages = {}
     for task in (task for task in tasks if task.rounding == "gptq"):
         stages.setdefault(seen.layers[task.linear[0].name].stage, []).append(task)
-    modules = [stages[stage][0].linear[0].module for stage in sorted(stages)]
-    with evaluation_mode(model), _fast_path_closed():
-        for _, _, ((args, kwargs), *_) in readable:
-            calls.append(partial(model, *args, **kwargs))
-            tokens += len(_input_of(modules[0], calls[-1]))
-            if tokens >= _TOKENS:
-                break
+    first, *_ = modules = [stages[stage][0].linear[0].module for stage in sorted(stages)]
+    every = [partial(model, *args, **kwargs) for _, _, ((args, kwargs), *_) in readable]
+    with evaluation_mode(model), _fast_path_closed(), _uncached(model):
+        tokens = itertools.accumulate(0 if (x := _input_of(first, call)) is None else len(x) for call in every)
+        calls = [every[0], *(call for call, before in zip(every[1:], tokens) if before < _TOKENS)]
         streams = _Streams(model, modules, calls)
         for stage, module in zip(sorted(stages), modules):
-            hessian, back = _correction(module, streams.runs(module, made), model, made)
-            for task in stages[stage]:
-                made |= _integer_owners(task, seen, hessian, _matrix(task.owners[0].module).float() @ back)
+            own = stages[stage]
+            found = _corrected(own[0], streams.runs(module, made), model, made) or _corrected(own[0], [(call, call) for call in every], model, made)
+            if found is None:
+                raise QuantizationError(f"{own[0].linear[0].name}: is never called behind integer layers; expected the model to run as before. Try sequential=False.")
+            for task in own:
+                made |= _integer_owners(task, seen, found[0], _matrix(task.owners[0].module).float() @ found[1])
     return made
 
 # %% ../nbs/05_quantization.ipynb #check-watched

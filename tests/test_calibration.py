@@ -282,3 +282,90 @@ def test_a_calibration_shows_itself(tmp_path):
     assert len(seen.plot("0").flat) == 3 and seen._repr_markdown_().count("\n") == 6 and json.dumps(seen.to_dict())
     with pytest.raises(QuantizationError, match="found no layer that was observed"), calibrate(mlp(6, 8)) as nothing:
         nothing.plot()
+
+
+# ---- GPTQ, layer after layer ----
+
+def others():
+    transformers = pytest.importorskip("transformers")
+    small = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, vocab_size=96)
+    yield TinyLM(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, block_size=32)
+    yield transformers.BertForSequenceClassification(transformers.BertConfig(**small, intermediate_size=64))
+    yield transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, intermediate_size=64, tie_word_embeddings=False))
+    yield transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=3, n_head=2, n_embd=32, vocab_size=96, n_positions=32, bos_token_id=0, eos_token_id=0))
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_running_only_the_block_at_hand_changes_nothing(i, monkeypatch):
+    torch.manual_seed(i)
+    model = list(others())[i].eval()
+    ids = torch.randint(96, (3, 4, 12), generator=torch.Generator().manual_seed(0))
+    data = list(ids) if i == 0 else [{"input_ids": x} for x in ids]
+    ask = dict(bits=4, rounding="gptq", calibration_data=data)
+    from qtlm import quantization
+
+    found, blocks = [], quantization._blocks
+    monkeypatch.setattr(quantization, "_blocks", lambda *a: found.append(blocks(*a)) or found[-1])
+    in_blocks = quantize_model_ptq(model, **ask)
+    assert len(found[0]) == 3  # so these models are chains of blocks, and the streams were used
+    monkeypatch.setattr(quantization, "_blocks", lambda *a: [])
+    whole = quantize_model_ptq(model, **ask)
+    assert all(torch.equal(t, whole.state_dict()[n]) for n, t in in_blocks.state_dict().items())
+    one_pass = quantize_model_ptq(model, sequential=False, **ask)
+    assert any(not torch.equal(t, one_pass.state_dict()[n]) for n, t in in_blocks.state_dict().items())
+    assert not hooks(model) and not hooks(in_blocks)
+
+
+def test_layer_after_layer_is_closer_to_the_float_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(48, 48), nn.Tanh()) for _ in range(5))).eval()
+    mix = torch.randn(48, 48) / 7
+    x, fresh = torch.randn(2000, 48) @ mix, torch.randn(2000, 48) @ mix
+    error = {}
+    for name, options in {"nearest": {"rounding": "nearest"}, "alone": {"rounding": "gptq", "sequential": False}, "after": {"rounding": "gptq"}}.items():
+        quantized = quantize_model_ptq(model, bits=4, calibration_data=x.split(500), **options)
+        error[name] = (quantized(fresh) - model(fresh)).norm().item()
+    assert error["after"] < 0.9 * error["alone"] < 0.9 * error["nearest"]
+    seen = calibrate(model, x.split(500), bits=4, rounding="gptq")  # a calibration has no batches to run again: each layer alone
+    by_hand = quantize_model_ptq(model, bits=4, rounding="gptq", calibration_data=seen)
+    alone = quantize_model_ptq(model, bits=4, rounding="gptq", sequential=False, calibration_data=x.split(500))
+    assert all(torch.equal(t, alone.state_dict()[n]) for n, t in by_hand.state_dict().items())
+
+
+def test_a_model_that_fails_behind_integer_layers_is_put_back():
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                if type(layer) is not nn.Linear:
+                    raise RuntimeError("not with me")
+                x = x + layer(x)  # no chain of blocks: the whole model is run
+            return x
+
+    for inplace in (False, True):
+        model = Picky()
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        with pytest.raises(QuantizationError, match="behind integer layers .*not with me"):
+            quantize_model_ptq(model, bits=4, rounding="gptq", calibration_data=[torch.randn(9, 8)], inplace=inplace)
+        assert all(type(layer) is nn.Linear for layer in model.layers) and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        assert not hooks(model)
+
+
+def test_layers_that_are_called_twice_or_only_by_some_batches():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twice, self.rare, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.twice(self.twice(x).relu())
+            return self.last(self.rare(x) if len(x) > 5 else x)
+
+    torch.manual_seed(0)
+    data = [torch.randn(4, 8), torch.randn(6, 8), torch.randn(30, 8)]
+    for sequential in (True, False):
+        quantized = quantize_model_ptq(Odd(), bits=4, rounding="gptq", sequential=sequential, calibration_data=data)
+        assert len(get_quantization_info(quantized).layers) == 3 and quantized(data[2]).isfinite().all()
