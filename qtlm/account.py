@@ -58,26 +58,26 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     "Return what tensors take; a sparse one counts as if it were dense."
     return sum(t.numel() * t.element_size() for t in tensors)
 
-
+# %% ../nbs/04d_account.ipynb #row
 def _row(name: str, kind: str, shape, tensors: list[Tensor], packed: int = 0, **more) -> LayerInfo:
     "Return the row of a layer that adds these tensors: float parameters, and buffers that stand for `packed` weights."
     n = packed + sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
     scheme = dict.fromkeys(("bits", "type", "group_size", "rounding", "symmetric", "sqnr", "tied_to", "reason"))
     return LayerInfo(name=name, kind=kind, shape=tuple(shape), parameters=n, bytes_before=4 * n, bytes=_bytes(tensors), **(scheme | more))
 
-
+# %% ../nbs/04d_account.ipynb #scheme
 def _scheme(m: _Quantized) -> dict:
     "Return what a quantized layer's row says of its scheme."
     linear = isinstance(m, QuantLinear)
     static = {"type": m.quantization_type, "symmetric": m.input_zero_point is None if m.quantization_type == "static" else None} if linear else {}
     return {name: getattr(m, name) for name in ("bits", "group_size", "rounding", "sqnr")} | static
 
-
+# %% ../nbs/04d_account.ipynb #kind-of
 def _kind_of(m: _Quantized) -> str:
     "Return the class of the layer that `m` stands for."
     return "Embedding" if isinstance(m, QuantEmbedding) else "Conv1D" if m.transposed else "Linear"
 
-
+# %% ../nbs/04d_account.ipynb #quantized-rows-2
 def _quantized_rows(model: nn.Module) -> dict[str, LayerInfo]:
     "Return the row of each quantized layer."
     owners, counted, rows = {}, set(), {}

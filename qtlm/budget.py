@@ -20,7 +20,7 @@ from .batches import _to_device, evaluation_mode, model_logits, shifts_labels, s
 from .calibration import _batches_of, Calibration
 from .config import QuantizationConfig, TrainingConfig
 from .data import DataError
-from .layers import _check_model, _empty_weights, _matrix, QuantizationError
+from .layers import _empty_weights, _matrix, QuantizationError
 from .loss import compute_loss, distillation_loss, LossError
 from .model import ModelInputError
 from .plan import _plan, _settings, _Task
@@ -87,38 +87,44 @@ class _Score:
         self.divergence += max(moved, 0.0) * int(counted.sum())
         self.count += int(counted.sum())
 
-
-def _scored(model: nn.Module, tasks: list[_Task], made: list[dict], batches: list) -> list[_Score]:
-    "Return the score of the model as it is, then of each task alone."
+# %% ../nbs/05a_budget.ipynb #split
+def _split(model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
+    "Return the inputs and targets of a batch, where the model is."
     device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
-    scores = [_Score() for _ in range(len(tasks) + 1)]
+    return tuple(_to_device(part, device) for part in split_batch(batch, shift=shifts_labels(model)))
+
+# %% ../nbs/05a_budget.ipynb #scored
+def _scored(model: nn.Module, made: list[dict], batches: list) -> list[_Score]:
+    "Return the score of the model as it is, then with each set of stand-ins alone."
+    first, *scores = [_Score() for _ in range(len(made) + 1)]
     with evaluation_mode(model):
-        for batch in batches:
-            inputs, targets = split_batch(batch, shift=shifts_labels(model))
-            inputs, targets = _to_device(inputs, device), targets.to(device)
+        for inputs, targets in (_split(model, batch) for batch in batches):
             logits = model_logits(model, inputs)
-            scores[0].add(logits, targets, logits)
-            for score, task, layers in zip(scores[1:], tasks, made):
+            first.add(logits, targets, logits)
+            for score, layers in zip(scores, made):
                 with _stand_in(model, layers):
                     score.add(model_logits(model, inputs), targets, logits)
-    if not scores[0].count:
+    if not first.count:
         raise DataError("no target counts; expected one at least that is not ignored.")
-    return scores
+    return [first, *scores]
+
+# %% ../nbs/05a_budget.ipynb #price
+def _price(task: _Task, sqnr: float, base: _Score, score: _Score) -> SensitivityRow:
+    "Return the row of a task from the sums for the float model and for the task alone."
+    first, loss = task.owners[0], score.loss / base.count
+    rest = (_matrix(first.module).numel(), sqnr, loss, loss - base.loss / base.count, score.divergence / base.count)
+    return SensitivityRow(first.name, task.bits, task.group_size, *rest)
 
 # %% ../nbs/05a_budget.ipynb #priced
 def _priced(model: nn.Module, tasks: list[_Task], seen: Calibration | None, batches: list) -> Sensitivity:
-    "Return the price of each task; `model` is changed meanwhile."
+    "Return the price of each task."
     with torch.inference_mode(False):
         made = [_integer_layers([task], seen) for task in tasks]
     try:
-        base, *scores = _scored(model, tasks, made, batches)
+        base, *scores = _scored(model, made, batches)
     except (DataError, ModelInputError, LossError) as error:
         raise QuantizationError(f"batches: {error}") from None
-    rows = []
-    for task, layers, score in zip(tasks, made, scores):
-        first, loss, n = task.owners[0], score.loss / base.count, _matrix(task.owners[0].module).numel()
-        added, divergence = loss - base.loss / base.count, score.divergence / base.count
-        rows.append(SensitivityRow(first.name, task.bits, task.group_size, n, layers[id(first.module)].sqnr, loss, added, divergence))
+    rows = [_price(task, next(iter(own.values())).sqnr, base, score) for task, own, score in zip(tasks, made, scores)]
     return Sensitivity(base.loss / base.count, tuple(sorted(rows, key=lambda row: -row.divergence)), base.count)
 
 # %% ../nbs/05a_budget.ipynb #prepared
@@ -152,51 +158,61 @@ class _Level:
     bytes: int
     added: float  # nats, foretold
 
-
+# %% ../nbs/05a_budget.ipynb #bytes-of
 def _bytes_of(shape: tuple[int, int], bits: int, group_size: int | None) -> int:
     "Return what a weight takes, scales included."
     return sum(t.nbytes for t in _empty_weights(shape, bits, group_size, "meta").values())
 
+# %% ../nbs/05a_budget.ipynb #sizes
+def _ways(task: _Task) -> list[tuple[int, int | None]]:
+    "Return bits and group size of the ways to keep a task's weight; a layer for which 8 bits were asked has no other."
+    width = _matrix(task.owners[0].module).shape[1]
+    finer = [size for size in (32, 16) if width % size == 0 and not 0 < (task.group_size or 1) <= size]
+    return [(8, None)] if task.bits == 8 else [(4, task.group_size), *((4, size) for size in finer), (8, None)]
 
+# %% ../nbs/05a_budget.ipynb #level-of
+def _level(task: _Task, row: SensitivityRow, way: tuple[int, int | None], seen: Calibration | None) -> _Level:
+    "Return what a way to keep a task's weight takes, and what it is foretold to cost."
+    bits, size = way
+    own = dataclasses.replace(task, bits=bits, group_size=size)
+    sqnr = row.sqnr if way == (row.bits, row.group_size) else next(iter(_integer_layers([own], seen).values())).sqnr
+    fields = {"bits": bits} | ({} if size is None else {"group_size": size})
+    return _Level(fields, _bytes_of(_matrix(task.owners[0].module).shape, bits, size), row.divergence * 10 ** ((row.sqnr - sqnr) / 10))
+
+# %% ../nbs/05a_budget.ipynb #levels-of
 def _levels(task: _Task, row: SensitivityRow, seen: Calibration | None) -> list[_Level]:
-    "Return the ways to keep a task's weight, from small to large; each is foretold to cost less than the one before."
-    shape, sizes = tuple(_matrix(task.owners[0].module).shape), [task.group_size]
-    sizes += [size for size in (32, 16) if shape[1] % size == 0 and not 0 < task.group_size <= size]
+    "Return the levels of a task's weight, from small to large, each foretold to cost less than the one before."
     levels = []
-    for bits, size in [*((4, size) for size in sizes), (8, None)]:
-        own = dataclasses.replace(task, bits=bits, group_size=size)
-        sqnr = row.sqnr if size == row.group_size else next(iter(_integer_layers([own], seen).values())).sqnr
-        level = _Level({"bits": bits} if bits == 8 else {"bits": 4, "group_size": size}, _bytes_of(shape, bits, size), row.divergence * 10 ** ((row.sqnr - sqnr) / 10))
+    for level in (_level(task, row, way, seen) for way in _ways(task)):
         if not levels or level.added < levels[-1].added:
             levels.append(level)
     return levels
+
+# %% ../nbs/05a_budget.ipynb #steps
+def _steps(levels: list[list[_Level]], chosen: list[int], left: int) -> list[tuple[float, int, int]]:
+    "Return what each affordable step saves a byte, which layer it is for, and to which level it leads."
+    ups = [(own[at], own[to], i, to) for i, (own, at) in enumerate(zip(levels, chosen)) for to in range(at + 1, len(own))]
+    return [((a.added - b.added) / (b.bytes - a.bytes), i, to) for a, b, i, to in ups if b.bytes - a.bytes <= left]
 
 # %% ../nbs/05a_budget.ipynb #spend
 def _spend(levels: list[list[_Level]], most: int) -> list[int]:
     "Return the level of each layer that together take at most `most` bytes: step by step, what saves the most loss a byte."
     chosen, left = [0] * len(levels), most - sum(own[0].bytes for own in levels)
-    while True:
-        steps = [
-            ((own[at].added - own[to].added) / (own[to].bytes - own[at].bytes), i, to)
-            for i, (own, at) in enumerate(zip(levels, chosen))
-            for to in range(at + 1, len(own))
-            if own[to].bytes - own[at].bytes <= left
-        ]
-        if not steps:
-            return chosen
+    while steps := _steps(levels, chosen, left):
         _, i, to = max(steps)
         left -= levels[i][to].bytes - levels[i][chosen[i]].bytes
         chosen[i] = to
+    return chosen
 
 # %% ../nbs/05a_budget.ipynb #within
 def _within(bits_per_weight: float, model: nn.Module, tasks: list[_Task]) -> int:
     "Return the bytes that a budget leaves for the weights that are quantized; raise where it is too small for any choice."
     rounded = {id(layer.module.weight) for task in tasks for layer in task.owners}
     total, rest = sum(p.numel() for p in model.parameters()), sum(p.nbytes for p in model.parameters() if id(p) not in rounded)
-    least = rest + sum(_bytes_of(_matrix(task.owners[0].module).shape, 4, task.group_size) for task in tasks)
+    least = rest + sum(_bytes_of(_matrix(task.owners[0].module).shape, task.bits, task.group_size) for task in tasks)
     if isinstance(bits_per_weight, bool) or not isinstance(bits_per_weight, (int, float)) or not 8 * least <= bits_per_weight * total + 1e-3 < float("inf"):
         raise QuantizationError(
-            f"bits_per_weight: found {bits_per_weight!r}; expected at least {8 * least / total:.3f}, which this model takes with 4 bits everywhere "
+            f"bits_per_weight: found {bits_per_weight!r}; expected at least {8 * least / total:.3f}, which this model takes with 4 bits wherever they may be "
             f"({8 * rest / total:.3f} of them for what stays float)."
         )
     return int(bits_per_weight * total / 8 + 1e-3) - rest  # a budget that the account printed is met in spite of its last digit

@@ -36,7 +36,7 @@ class _Watched:
     calls: int = 0
     stage: int | None = None  # layers with the same stage were given the same tensor; stages are in the order of the calls
 
-
+# %% ../nbs/04f_calibration.ipynb #inputs
 class _Inputs:
     "The inputs of layers one after another: which are the same tensor, and its product with itself, computed once."
 
@@ -88,7 +88,7 @@ def _fast_path_closed() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
-
+# %% ../nbs/04f_calibration.ipynb #hooked-2
 @contextlib.contextmanager
 def _hooked(layers: Iterable[_Watched]) -> Iterator[None]:
     "Watch `layers` inside."
@@ -200,20 +200,25 @@ def _readings(batch: Any) -> list[tuple[tuple, dict]]:
         return first if len(batch) == 1 else [*first, (tuple(batch), {})]
     return []
 
+# %% ../nbs/04f_calibration.ipynb #one-or-many
+def _as_iterable(data: Any, model: nn.Module) -> Iterable:
+    "Return data as an iterable of batches: a single batch becomes a list, tokens become windows that the model can read."
+    if isinstance(data, Tokens) or isinstance(data, Tensor) and data.dim() == 1 and not data.is_floating_point():
+        return as_batches(data, min(context_length(model) or 256, max(1, len(data) - 1)), 8, 0)
+    if isinstance(data, (Tensor, Mapping)):
+        return [data]
+    if is_batches(data):
+        return data
+    raise DataError(f"found {type(data).__name__}; expected an iterable of batches or of inputs of the model.")
+
 # %% ../nbs/04f_calibration.ipynb #batches-of
 def _batches_of(data: Any, model: nn.Module, num_batches: int | None) -> Iterator:
-    "Yield the batches of what somebody passed as data: an endless source gives 32 of them, unless told how many."
-    if isinstance(data, Mapping) or isinstance(data, Tensor) and (data.dim() != 1 or data.is_floating_point()):
-        data = [data]  # a single batch
-    if not isinstance(data, Tokens | Tensor) and not is_batches(data):
-        raise QuantizationError(f"calibration_data: found {type(data).__name__}; expected an iterable of batches or of inputs of the model.")
+    "Return the batches of what somebody passed as data: an endless source gives 32 of them, unless told how many."
     try:
-        if isinstance(data, Tokens | Tensor):
-            data = as_batches(data, min(context_length(model) or 256, max(1, len(data) - 1)), 8, 0)
+        batches = _as_iterable(data, model)
     except DataError as error:
         raise QuantizationError(f"calibration_data: {error}") from None
-    limit = 32 if num_batches is None and isinstance(data, Batches) else num_batches
-    return itertools.islice(data, limit)
+    return itertools.islice(batches, 32 if num_batches is None and isinstance(batches, Batches) else num_batches)
 
 # %% ../nbs/04f_calibration.ipynb #run-batch
 def _shown(batch: Any) -> str:
@@ -224,7 +229,7 @@ def _shown(batch: Any) -> str:
         return "a dict with " + ", ".join(map(str, batch))[:80]
     return f"{type(batch).__name__} of {', '.join(map(_shown, batch))}"[:100] if isinstance(batch, (tuple, list)) else type(batch).__name__
 
-
+# %% ../nbs/04f_calibration.ipynb #run-batch-2
 def _run_batch(model: nn.Module, batch: Any, readings: list, where: str) -> int:
     "Run the model on the first of `readings` that it takes, and return which one."
     first = None

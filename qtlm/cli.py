@@ -136,9 +136,10 @@ def _shrink(checkpoint: str, wanted, bits_per_weight: float | None = None, out: 
     "Quantize the model of a checkpoint as the `QuantizationConfig` says, and publish it."
     from qtlm.budget import mixed_precision
     from qtlm.checkpoint import load_checkpoint, save_checkpoint
+    from qtlm.config import _for_layer
     from qtlm.quantization import get_quantization_info, quantize_model_ptq
 
-    asked = [wanted, *map(wanted.for_layer, wanted.overrides.values())]
+    asked = [wanted, *(_for_layer(wanted, fields) for fields in wanted.overrides.values())]
     needs = bits_per_weight is not None or any(c.type == "static" or c.rounding == "gptq" for c in asked)
     loaded = _load(checkpoint) if needs else load_checkpoint(checkpoint)
     data = _calibration_of(loaded) if needs else None

@@ -37,7 +37,7 @@ class ConfigError(ValueError):
 
     def __str__(self) -> str: return "\n".join(self.args)
 
-# %% ../nbs/01_config.ipynb #found
+
 def _short(text: str, limit: int = 60) -> str:
     "Return the text as printable characters, its middle left out where it is longer than `limit`."
     text = text if len(text) <= limit else f"{text[:limit // 2 - 2]}...{text[-limit // 2 + 1:]}"
@@ -286,13 +286,6 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Bits = Annotated[Literal[8, 4], BeforeValidator(_check_whole)]
 _Blocksize = Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_check_whole)]
 _GroupSize = Annotated[int, AfterValidator(_check_group_size)]
-_Rounding = Literal["nearest", "mse", "gptq", "hqq"]
-_Observer = Literal["minmax", "moving_average", "percentile", "mse", "histogram"]
-
-
-class _Overrides(dict):
-    "A mapping that is hashed by what it says, as the rest of a configuration is."
-    __hash__ = lambda self: hash(json.dumps(self, sort_keys=True, default=str))
 
 # %% ../nbs/01_config.ipynb #kind
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a list of", dict: "a mapping of"}
@@ -340,7 +333,7 @@ def _rows(kind: type) -> list[dict]:
         "also called": ", ".join(info.json_schema_extra["aliases"]),
     } for name, info in kind.model_fields.items()]
 
-
+# %% ../nbs/01_config.ipynb #yaml-lines
 def _yaml_lines(config: BaseModel, commented: bool, indent: str = "") -> Iterator[str]:
     "Yield the lines of a YAML file with every field, each below its description."
     for row, (name, value) in zip(_rows(type(config)), config):
@@ -548,7 +541,16 @@ class ModelConfig(Config):
         block = 2 * hidden * (hidden + keys) + 3 * hidden * self.intermediate_size + 2 * hidden
         return self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2) + self.num_hidden_layers * block + hidden
 
-# %% ../nbs/01_config.ipynb #quantization-config
+# %% ../nbs/01_config.ipynb #quantization-rules
+_Rounding = Literal["nearest", "mse", "gptq", "hqq"]
+_Observer = Literal["minmax", "moving_average", "percentile", "mse", "histogram"]
+
+
+class _Overrides(dict):
+    "A mapping that is hashed by what it says, as the rest of a configuration is."
+    __hash__ = lambda self: hash(json.dumps(self, sort_keys=True, default=str))
+
+
 _GROUPS = "that is -1 or from 2 to 65536"
 
 
@@ -563,6 +565,14 @@ def _group_rule(c: BaseModel, prefix: str = "") -> Iterator[_Problem]:
 _PER_LAYER = ("bits", "type", "group_size", "rounding", "observer", "symmetric", "percentile")  # what `overrides` may change
 
 
+def _for_layer(config: Config, fields: Mapping) -> Config:
+    "Return what holds for a layer with an override: its own settings, by any of the fields' names, and for the rest those of the model."
+    own, _ = _rename(type(config), fields)
+    general = {name: getattr(config, name) for name in config.model_fields_set & set(_PER_LAYER)}
+    if "bits" in own and own["bits"] != 4: general.pop("group_size", None)  # asked for of the 4-bit layers
+    return type(config)(**general | own)
+
+
 def _override_rule(c: BaseModel) -> Iterator[_Problem]:
     "An override is a mapping of fields that a layer can have for itself, with values that they take."
     for pattern, fields in c.overrides.items():
@@ -571,10 +581,10 @@ def _override_rule(c: BaseModel) -> Iterator[_Problem]:
             yield _Problem(("overrides", pattern, name), "no setting of a single layer", f"one of {', '.join(_PER_LAYER)}", hint)
             break
         else:
-            try: c.for_layer(fields)
+            try: _for_layer(c, fields)
             except ConfigError as error: yield from (problem._replace(loc=("overrides", pattern, *problem.loc)) for problem in error._problems)
 
-
+# %% ../nbs/01_config.ipynb #quantization-config
 class QuantizationConfig(Config):
     "How a model is quantized: what `quantize_model_ptq` and `prepare_qat` are told."
     _rules = (_group_rule, _override_rule)
@@ -611,16 +621,6 @@ class QuantizationConfig(Config):
     overrides: Annotated[dict[_Text, dict[_Text, Any]], AfterValidator(_Overrides)] = _field(
         {}, "Settings of single layers, by name or glob; of several that match, the last wins", unit="settings by module name",
         range="names or globs with a mapping each", example={"layers.0.*": {"bits": 8}}, aliases=("quantization_overrides",), validate_default=True)
-
-    def for_layer(
-        self,
-        fields: Mapping,  # what an override says, by any of the fields' names
-    ) -> "QuantizationConfig":  # the configuration of that layer
-        "Return what holds for a layer with an override: its own settings, and for the rest those of the model."
-        own, _ = _rename(type(self), fields)
-        general = {name: getattr(self, name) for name in self.model_fields_set & set(_PER_LAYER)}
-        if "bits" in own and own["bits"] != 4: general.pop("group_size", None)  # asked for of the 4-bit layers
-        return type(self)(**general | own)
 
 # %% ../nbs/01_config.ipynb #learning-fields
 class _LearningFields(Config):

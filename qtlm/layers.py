@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .kernels import expand_groups, int4_linear, int8_linear
-from .rounding import float_weights, round_weights
+from .rounding import float_weights
 
 # %% ../nbs/04c_layers.ipynb #empty-weights
 def _empty_weights(shape: tuple[int, int], bits: int, group_size: int | None, device=None) -> dict[str, Tensor]:

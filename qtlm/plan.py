@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .config import QuantizationConfig, TrainingConfig
+from .config import _for_layer, QuantizationConfig, TrainingConfig
 from .layers import _check_model, _Layer, _matrices, _matrix, QuantizationError
 
 # %% ../nbs/04e_plan.ipynb #settings
@@ -92,7 +92,7 @@ def _task(owners: list[_Layer], config: QuantizationConfig, fields: dict) -> _Ta
     "Return the task for the owners of one weight, with what overrides say of them."
     if owners[0].module.weight.is_meta:
         raise QuantizationError(f"{owners[0].name}: found a weight without values (device meta); expected a loaded model.")
-    own = config.for_layer(fields) if fields else config
+    own = _for_layer(config, fields) if fields else config
     embeds = any(isinstance(layer.module, nn.Embedding) for layer in owners)
     bits = config.embedding_bits if embeds and not fields.keys() & {"bits", "quantization_bits", "nbits", "num_bits"} else own.bits
     adapted = _fit_group_size(_matrix(owners[0].module).shape[1]) if own.group_size is None else own.group_size

@@ -16,9 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .account import _plain, get_quantization_info, LayerInfo, QuantizationInfo, QuantizationReport
+from .account import _plain, get_quantization_info, LayerInfo, QuantizationInfo, QuantizationReport  # noqa: F401  (also importable from here)
 from .batches import evaluation_mode
-from .calibration import _fast_path_closed, _reached, _readable, _show_, _watch, calibrate, Calibration
+from .calibration import _fast_path_closed, _reached, _readable, _show_, _watch, calibrate, Calibration  # noqa: F401
 from .config import QuantizationConfig, TrainingConfig
 from .kernels import KernelError
 from qtlm.layers import (
@@ -128,7 +128,7 @@ def _stand_in(model: nn.Module, made: dict[int, nn.Module]) -> Iterator[None]:
 class _Enough(BaseException):
     "What was waited for has come: the rest of a forward pass is not needed."
 
-
+# %% ../nbs/05_quantization.ipynb #input-of-2
 def _input_of(module: nn.Module, call: Callable) -> Tensor | None:
     "Run `call` until `module` is called, and return what it is given, as `[tokens, width]`; None if it is never called."
     got = []
@@ -146,6 +146,15 @@ def _input_of(module: nn.Module, call: Callable) -> Tensor | None:
         handle.remove()
     return got[0].reshape(-1, got[0].shape[-1]).float() if got else None
 
+# %% ../nbs/05_quantization.ipynb #aim
+def _aim(hessian: Hessian, cross: Tensor) -> Tensor:
+    "Return I + C (H + lambda I)^-1, float32."
+    damped = hessian.matrix.double()
+    damped.diagonal().add_(0.01 * damped.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    back = torch.linalg.solve(damped, cross.t().double()).t()
+    back.diagonal().add_(1)
+    return back.float()
+
 # %% ../nbs/05_quantization.ipynb #correction
 def _correction(module: nn.Module, runs: list[tuple], model: nn.Module, made: dict) -> tuple[Hessian, Tensor] | None:
     "Return the Hessian of what `module` is given behind integer layers, and what to multiply its weight by to aim at the float outputs; None if no run calls it."
@@ -159,13 +168,7 @@ def _correction(module: nn.Module, runs: list[tuple], model: nn.Module, made: di
         hessian = (hessian or Hessian(x.shape[-1], device=x.device)).add(rounded)
         product = (x - rounded).t() @ rounded
         cross = product if cross is None else cross.add_(product)
-    if hessian is None:
-        return None
-    damped = hessian.matrix.double()
-    damped.diagonal().add_(0.01 * damped.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    back = torch.linalg.solve(damped, cross.t().double()).t()
-    back.diagonal().add_(1)
-    return hessian, back.float()
+    return None if hessian is None else (hessian, _aim(hessian, cross))
 
 # %% ../nbs/05_quantization.ipynb #noted
 def _noted(blocks: list[nn.Module], call: Callable) -> list[tuple]:
@@ -180,7 +183,7 @@ def _noted(blocks: list[nn.Module], call: Callable) -> list[tuple]:
             handle.remove()
     return notes
 
-
+# %% ../nbs/05_quantization.ipynb #blocks
 def _blocks(model: nn.Module, modules: list[nn.Module], call: Callable) -> list[nn.Module]:
     "Return the blocks of a model that hold most of `modules`, if they are called one after another with the result of the one before; or none."
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
@@ -192,7 +195,7 @@ def _blocks(model: nn.Module, modules: list[nn.Module], call: Callable) -> list[
     again = lambda block, args, kwargs: _noted([block], partial(block, *args, **kwargs))[0][3]
     return blocks if chained and all(torch.equal(again(*note[:3]), note[3]) for note in notes) else []
 
-
+# %% ../nbs/05_quantization.ipynb #uncached
 @contextlib.contextmanager
 def _uncached(model: nn.Module) -> Iterator[None]:
     "Switch off the cache that transformers' models keep of keys and values."
@@ -235,11 +238,14 @@ class _Streams:
 
     def _advance(self, made: dict) -> None:
         for xs, args, kwargs in self.streams:
-            run = lambda x: _noted([self.blocks[self.at]], partial(self.blocks[self.at], x, *args[self.at], **kwargs[self.at]))[0][3]
-            xs[0] = run(xs[0])
+            xs[0] = self._result(xs[0], args, kwargs)
             with _stand_in(self.model, made):
-                xs[1] = run(xs[1])
+                xs[1] = self._result(xs[1], args, kwargs)
         self.at += 1
+
+    def _result(self, x: Tensor, args: list, kwargs: list) -> Tensor:
+        block = self.blocks[self.at]
+        return _noted([block], partial(block, x, *args[self.at], **kwargs[self.at]))[0][3]
 
 # %% ../nbs/05_quantization.ipynb #correction-of
 def _corrected(task: _Task, runs: list[tuple], model: nn.Module, made: dict) -> tuple[Hessian, Tensor] | None:
@@ -253,24 +259,33 @@ def _corrected(task: _Task, runs: list[tuple], model: nn.Module, made: dict) -> 
         what = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else ''}"
         raise QuantizationError(f"{layer.name}: behind integer layers the model raised {what}; expected it to run as before. Try sequential=False.") from error
 
-# %% ../nbs/05_quantization.ipynb #layer-after-layer
-_TOKENS = 16_384  # of the calibration data, which are looked at layer after layer
-
-
-def _layer_after_layer(model: nn.Module, tasks: list[_Task], seen: Calibration, readable: list[tuple]) -> dict[int, _Quantized]:
-    "Return the integer layer for each module, those that GPTQ rounds one stage after another."
-    made = _integer_layers([task for task in tasks if task.rounding != "gptq"], seen)
+# %% ../nbs/05_quantization.ipynb #stages
+def _stages(tasks: list[_Task], seen: Calibration) -> list[list[_Task]]:
+    "Return the tasks of GPTQ, those whose layers were given the same tensor together, in the order of the calls."
     stages = {}
     for task in (task for task in tasks if task.rounding == "gptq"):
         stages.setdefault(seen.layers[task.linear[0].name].stage, []).append(task)
-    first, *_ = modules = [stages[stage][0].linear[0].module for stage in sorted(stages)]
+    return [stages[stage] for stage in sorted(stages)]
+
+# %% ../nbs/05_quantization.ipynb #enough
+_TOKENS = 16_384  # of the calibration data, which are looked at layer after layer
+
+
+def _enough(module: nn.Module, calls: list[Callable]) -> list[Callable]:
+    "Return the first calls that together give `module` so many tokens."
+    tokens = itertools.accumulate(0 if (x := _input_of(module, call)) is None else len(x) for call in calls)
+    return [calls[0], *(call for call, before in zip(calls[1:], tokens) if before < _TOKENS)]
+
+# %% ../nbs/05_quantization.ipynb #layer-after-layer
+def _layer_after_layer(model: nn.Module, tasks: list[_Task], seen: Calibration, readable: list[tuple]) -> dict[int, _Quantized]:
+    "Return the integer layer for each module, those that GPTQ rounds one stage after another."
+    made = _integer_layers([task for task in tasks if task.rounding != "gptq"], seen)
+    stages = _stages(tasks, seen)
+    modules = [own[0].linear[0].module for own in stages]
     every = [partial(model, *args, **kwargs) for _, _, ((args, kwargs), *_) in readable]
     with evaluation_mode(model), _fast_path_closed(), _uncached(model):
-        tokens = itertools.accumulate(0 if (x := _input_of(first, call)) is None else len(x) for call in every)
-        calls = [every[0], *(call for call, before in zip(every[1:], tokens) if before < _TOKENS)]
-        streams = _Streams(model, modules, calls)
-        for stage, module in zip(sorted(stages), modules):
-            own = stages[stage]
+        streams = _Streams(model, modules, _enough(modules[0], every))
+        for module, own in zip(modules, stages):
             found = _corrected(own[0], streams.runs(module, made), model, made) or _corrected(own[0], [(call, call) for call in every], model, made)
             if found is None:
                 raise QuantizationError(f"{own[0].linear[0].name}: is never called behind integer layers; expected the model to run as before. Try sequential=False.")
@@ -286,15 +301,20 @@ def _check_watched(name: str, task: _Task, watched) -> None:
         raise QuantizationError(f"calibration_data: {name} was not watched as type={task.config.type!r}, rounding={task.rounding!r} need it; "
                                 "expected a calibration with the same settings: calibrate(model, batches, config).")  # fmt: skip
 
+# %% ../nbs/05_quantization.ipynb #needs
+def _needs(tasks: list[_Task], data) -> dict[str, _Task]:
+    "Return the tasks that need to look at data, by layer; raise where there are none to look at."
+    needs = {layer.name: task for task in tasks for layer in task.linear if task.config.type == "static" or task.rounding == "gptq"}
+    if needs and data is None:
+        why = "type='static'" if any(task.config.type == "static" for task in needs.values()) else "rounding='gptq'"
+        raise QuantizationError(f"calibration_data: found None with {why}; expected batches. A few dozen typical ones do: calibration_data=[...].")
+    return needs
+
 # %% ../nbs/05_quantization.ipynb #seen
 def _seen(model: nn.Module, tasks: list[_Task], config: QuantizationConfig, data, hessians: bool = True) -> tuple[Calibration | None, list]:
     "Return a calibration that has seen all that the tasks need, or None if they need none; without Hessians, the batches too."
-    needs = {layer.name: task for task in tasks for layer in task.linear if task.config.type == "static" or task.rounding == "gptq"}
-    if not needs:
+    if not (needs := _needs(tasks, data)):
         return None, []
-    if data is None:
-        why = "type='static'" if any(task.config.type == "static" for task in needs.values()) else "rounding='gptq'"
-        raise QuantizationError(f"calibration_data: found None with {why}; expected batches. A few dozen typical ones do: calibration_data=[...].")
     if isinstance(data, Calibration):
         for name, task in needs.items():
             _check_watched(name, task, data.layers.get(name))
@@ -414,6 +434,15 @@ def _check_place(model: nn.Module, name: str, entry: dict) -> nn.Module:
         raise QuantizationError(f"{name}: found {found}; expected {entry['kind']} of shape {shape} with{'' if entry['bias'] else 'out'} a bias.")
     return module
 
+# %% ../nbs/05_quantization.ipynb #check-ties
+def _check_ties(model: nn.Module, layers: dict) -> None:
+    "Refuse a description in which layers that share a weight in the model do not."
+    for group in _matrices(model):
+        owners = {layer.name in layers and (layers[layer.name]["tied_to"] or layer.name) for layer in group}
+        if len(owners) > 1:
+            names = " and ".join(layer.name for layer in group)
+            raise QuantizationError(f"{names}: share one weight in the model; expected the same of the description. Was it made from another model?")
+
 # %% ../nbs/05_quantization.ipynb #restore-quantization
 def restore_quantization(
     model: nn.Module,  # the float model; its layers are replaced
@@ -423,11 +452,7 @@ def restore_quantization(
     _check_model(model)
     layers, new = _check_metadata(metadata), {}
     modules = {name: _check_place(model, name, entry) for name, entry in layers.items()}
-    for group in _matrices(model):
-        owners = {layer.name in layers and (layers[layer.name]["tied_to"] or layer.name) for layer in group}
-        if len(owners) > 1:
-            names = " and ".join(layer.name for layer in group)
-            raise QuantizationError(f"{names}: share one weight in the model; expected the same of the description. Was it made from another model?")
+    _check_ties(model, layers)
     for name, entry in layers.items():
         made = new[id(modules[name])] = _integer_layer(modules[name], entry["bits"], entry["group_size"], modules[name].weight.device, entry["symmetric"])
         made.sqnr, made.rounding, made.quantization_mode = entry["sqnr"], entry["rounding"], metadata["mode"]
