@@ -418,6 +418,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'qtlm.kernels._int8_weights': ('kernels.html#_int8_weights', 'qtlm/kernels.py'),
                               'qtlm.kernels._int_mm': ('kernels.html#_int_mm', 'qtlm/kernels.py'),
                               'qtlm.kernels._int_mm_is_exact': ('kernels.html#_int_mm_is_exact', 'qtlm/kernels.py'),
+                              'qtlm.kernels._keep_freed_memory': ('kernels.html#_keep_freed_memory', 'qtlm/kernels.py'),
                               'qtlm.kernels._linear': ('kernels.html#_linear', 'qtlm/kernels.py'),
                               'qtlm.kernels._product_in_blocks': ('kernels.html#_product_in_blocks', 'qtlm/kernels.py'),
                               'qtlm.kernels._product_in_place': ('kernels.html#_product_in_place', 'qtlm/kernels.py'),

@@ -333,15 +333,6 @@ def _rows(kind: type) -> list[dict]:
         "also called": ", ".join(info.json_schema_extra["aliases"]),
     } for name, info in kind.model_fields.items()]
 
-# %% ../nbs/01_config.ipynb #yaml-lines
-def _yaml_lines(config: BaseModel, commented: bool, indent: str = "") -> Iterator[str]:
-    "Yield the lines of a YAML file with every field, each below its description."
-    for row, (name, value) in zip(_rows(type(config)), config):
-        about = f"{row['meaning']}. Unit: {row['unit']}. Range: {row['range']}. Default: {row['default']}. Example: {row['example']}."
-        if commented: yield from (f"{indent}# {line}" for line in textwrap.wrap(about, 110, break_on_hyphens=False))
-        yield f"{indent}{name}:" if isinstance(value, BaseModel) else f"{indent}{name}: {_write(value)}"
-        if isinstance(value, BaseModel): yield from _yaml_lines(value, commented, indent + "  ")
-
 # %% ../nbs/01_config.ipynb #names
 @functools.cache
 def _names(kind: type) -> dict[str, str]:
@@ -415,6 +406,15 @@ def _other_conflicts(kind: type, fields: Mapping, bad: set) -> list[_Problem]:
     try: kind(**{name: value for name, value in fields.items() if name not in bad})
     except ConfigError as error: return [p for p in error._problems if not bad & {p.loc[0], *p.also}]
     return []
+
+# %% ../nbs/01_config.ipynb #yaml-lines
+def _yaml_lines(config: BaseModel, commented: bool, indent: str = "") -> Iterator[str]:
+    "Yield the lines of a YAML file with every field, each below its description."
+    for row, (name, value) in zip(_rows(type(config)), config):
+        about = f"{row['meaning']}. Unit: {row['unit']}. Range: {row['range']}. Default: {row['default']}. Example: {row['example']}."
+        if commented: yield from (f"{indent}# {line}" for line in textwrap.wrap(about, 110, break_on_hyphens=False))
+        yield f"{indent}{name}:" if isinstance(value, BaseModel) else f"{indent}{name}: {_write(value)}"
+        if isinstance(value, BaseModel): yield from _yaml_lines(value, commented, indent + "  ")
 
 # %% ../nbs/01_config.ipynb #base
 class Config(BaseModel):
@@ -752,14 +752,14 @@ class TrainingConfig(_RunFields, _LearningFields):
         fields = {name: getattr(self, f"quantization_{name}") for name in names}
         return QuantizationConfig(**{name: value for name, value in fields.items() if value is not None})
 
-# %% ../nbs/01_config.ipynb #override
+# %% ../nbs/01_config.ipynb #own-path
 def _own_path(kind: type | None, loc: tuple) -> tuple:
     "Return the key path with each name replaced by the field's own."
     if not loc: return ()
     name = _names(kind).get(loc[0], loc[0]) if kind else loc[0]
     return (name, *_own_path(kind and _section(kind, name), loc[1:]))
 
-
+# %% ../nbs/01_config.ipynb #override
 def _override(kind: type, text: str) -> tuple[tuple, Any]:
     "Return the key path and the value that `model.n_layer=6` spells, in the fields' own names."
     key, _, value = (part.strip() for part in text.partition("="))

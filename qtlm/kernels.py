@@ -205,6 +205,14 @@ def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     return sum((p.float() @ q.float().t()).to(torch.int32) for p, q in parts)
 
 # %% ../nbs/04_kernels.ipynb #product-in-place
+def _keep_freed_memory() -> None:
+    "Let glibc keep 64 MB of what is freed, twice the largest piece that it was ever given back, for the next pass to use."
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")  # nothing is written to it, so it takes no memory
+
+
+_keep_freed_memory()
+
+
 def _shifted_rows(q: Tensor, zero_point: Tensor | None) -> Tensor:
     "Return the codes, and below them a row of zero points where there is one."
     return q if zero_point is None else torch.cat([q, zero_point.to(torch.int8).expand(1, q.shape[1])])

@@ -64,8 +64,8 @@ def apply_rope(
     sin: Tensor,  # signed, the same shape
 ) -> Tensor:  # `x`, turned; the same shape and dtype
     "Turn each pair (i, i + head_dim/2) of features by the angle of its position."
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    cos, sin, x = (y.unflatten(-1, (2, -1)) for y in (cos[:, None].to(x.dtype), sin[:, None].to(x.dtype), x))
+    return torch.addcmul(x * cos, x.roll(1, -2), sin).flatten(-2)
 
 # %% ../nbs/03_model.ipynb #attend
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
