@@ -46,7 +46,7 @@ readme: .venv/.dev
 	@$(BIN)/python docs/readme.py
 
 bench: .venv/.dev
-	@for b in training inference; do $(BIN)/python benchmarks/$$b.py || exit 1; done
+	@for b in training inference accuracy; do $(BIN)/python benchmarks/$$b.py || exit 1; done
 
 clean:
 	@rm -rf .venv _docs _proc build *.egg-info
