@@ -31,7 +31,7 @@ from .rounding import float_weights, Hessian, round_weights, RoundingError
 # %% ../nbs/05_quantization.ipynb #sqnr
 def _sqnr(w: Tensor, codes: Tensor, scale: Tensor, group_scale: Tensor | None = None) -> float:
     "Return 10 log10 of the squared weights over the squared rounding errors; infinity where nothing was lost."
-    signal, noise, step = 0.0, 0.0, max(1, 2**18 // w.shape[1])
+    signal, noise, step = 0.0, 0.0, max(1, 2**16 // w.shape[1])
     for i in range(0, len(w), step):
         rows = slice(i, i + step)
         part = w.detach()[rows].double()  # squares of large float32 numbers overflow float32

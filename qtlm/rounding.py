@@ -336,7 +336,7 @@ def _checked_factor(hessian: Hessian | Tensor | None, w: Tensor) -> tuple[Tensor
     return _factor(matrix.to(w.device, torch.float32))
 
 # %% ../nbs/04b_rounding.ipynb #round-weights
-_CHUNK = {False: 2**18, True: 2**21}  # weights rounded at a time; GPTQ, which walks through all columns for each chunk, takes larger ones
+_CHUNK = {False: 2**17, True: 2**21}  # weights rounded at a time; GPTQ, which walks through all columns for each chunk, takes larger ones
 
 
 @torch.no_grad()
