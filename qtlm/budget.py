@@ -8,7 +8,9 @@ __all__ = ['SensitivityRow', 'Sensitivity', 'sensitivity', 'mixed_precision']
 # %% ../nbs/05a_budget.ipynb #imports
 import copy
 import dataclasses
+import glob
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +51,8 @@ class Sensitivity:
 
     def to_dict(self) -> dict:  # JSON-compatible
         "Return everything as plain values."
-        return dataclasses.asdict(self) | {"rows": [dataclasses.asdict(row) for row in self.rows]}
+        plain = lambda row: dataclasses.asdict(row) | {"sqnr": row.sqnr if math.isfinite(row.sqnr) else None}
+        return dataclasses.asdict(self) | {"rows": [plain(row) for row in self.rows]}
 
     def __repr__(self) -> str:
         head = f"float: {self.float_loss:.4f} nats on {self.targets:,} targets\n\n| layer | bits | parameters | SQNR, dB | divergence, nats | loss added, nats |\n|---|---|---:|---:|---:|---:|\n"
@@ -122,16 +125,22 @@ def _priced(model: nn.Module, tasks: list[_Task], seen: Calibration | None, batc
         made = [_integer_layers([task], seen) for task in tasks]
     try:
         base, *scores = _scored(model, made, batches)
-    except (DataError, ModelInputError, LossError) as error:
-        raise QuantizationError(f"batches: {error}") from None
+    except Exception as error:  # a model of somebody's may raise anything
+        what = f"{error}" if isinstance(error, (DataError, ModelInputError, LossError)) else f"the model raised {type(error).__name__}: {error}"
+        raise QuantizationError(f"batches: {what.splitlines()[0][:240]}") from error
+    if not math.isfinite(base.loss):
+        raise QuantizationError(f"batches: the loss of the float model is {base.loss}; expected a finite one. Look for NaN in the data.")
     rows = [_price(task, next(iter(own.values())).sqnr, base, score) for task, own, score in zip(tasks, made, scores)]
     return Sensitivity(base.loss / base.count, tuple(sorted(rows, key=lambda row: -row.divergence)), base.count)
 
 # %% ../nbs/05a_budget.ipynb #prepared
 def _prices(model: nn.Module, batches: Any, settings: QuantizationConfig, data, num_batches: int | None) -> tuple[Sensitivity, list[_Task], Any]:
     "Return the price of each weight, the tasks (in a copy of the model), and the calibration that they needed."
-    held_out = list(_batches_of(batches, model, num_batches))
-    work = copy.deepcopy(model)
+    held_out = list(_batches_of(batches, model, num_batches, "batches"))
+    try:
+        work = copy.deepcopy(model)
+    except Exception as error:  # whatever a module of somebody's raises
+        raise QuantizationError(f"model: cannot be copied ({str(error).splitlines()[0][:120]}); expected a model that deepcopy takes.") from error
     tasks, _ = _plan(work, settings)
     seen, _ = _seen(work, tasks, settings, held_out if data is None else data)
     return _priced(work, tasks, seen, held_out), tasks, seen
@@ -165,10 +174,10 @@ def _bytes_of(shape: tuple[int, int], bits: int, group_size: int | None) -> int:
 
 # %% ../nbs/05a_budget.ipynb #sizes
 def _ways(task: _Task) -> list[tuple[int, int | None]]:
-    "Return bits and group size of the ways to keep a task's weight; a layer for which 8 bits were asked has no other."
+    "Return bits and group size of the ways to keep a task's weight; a layer for which some were asked for has no others."
     width = _matrix(task.owners[0].module).shape[1]
     finer = [size for size in (32, 16) if width % size == 0 and not 0 < (task.group_size or 1) <= size]
-    return [(8, None)] if task.bits == 8 else [(4, task.group_size), *((4, size) for size in finer), (8, None)]
+    return [(task.bits, task.group_size)] if task.fixed or task.bits == 8 else [(4, task.group_size), *((4, size) for size in finer), (8, None)]
 
 # %% ../nbs/05a_budget.ipynb #level-of
 def _level(task: _Task, row: SensitivityRow, way: tuple[int, int | None], seen: Calibration | None) -> _Level:
@@ -209,6 +218,8 @@ def _within(bits_per_weight: float, model: nn.Module, tasks: list[_Task]) -> int
     "Return the bytes that a budget leaves for the weights that are quantized; raise where it is too small for any choice."
     rounded = {id(layer.module.weight) for task in tasks for layer in task.owners}
     total, rest = sum(p.numel() for p in model.parameters()), sum(p.nbytes for p in model.parameters() if id(p) not in rounded)
+    static = [layer for task in tasks if task.config.type == "static" for layer in task.linear]
+    rest += 8 * len(static)  # a scale and a zero point each
     least = rest + sum(_bytes_of(_matrix(task.owners[0].module).shape, task.bits, task.group_size) for task in tasks)
     if isinstance(bits_per_weight, bool) or not isinstance(bits_per_weight, (int, float)) or not 8 * least <= bits_per_weight * total + 1e-3 < float("inf"):
         raise QuantizationError(
@@ -234,5 +245,10 @@ def mixed_precision(
     prices, tasks, seen = _prices(model, batches, settings, calibration_data, num_batches)
     rows = {row.name: row for row in prices.rows}
     levels = [_levels(task, rows[task.owners[0].name], seen) for task in tasks]
-    chosen = {task.owners[0].name: own[i].fields for task, own, i in zip(tasks, levels, _spend(levels, most))}
-    return settings.replace(overrides={**settings.overrides, **chosen})
+    chosen = {task.owners[0].name: own[i].fields for task, own, i in zip(tasks, levels, _spend(levels, most)) if not task.fixed}
+    if "" in chosen:  # the model is a layer itself, and has no name
+        return settings.replace(**chosen[""])
+    overrides = dict(settings.overrides)
+    for name, fields in chosen.items():  # names may hold what globs give a meaning to; what was asked of the layer stays, and stands last
+        overrides[glob.escape(name)] = {**overrides.pop(glob.escape(name), {}), **fields}
+    return settings.replace(overrides=overrides)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import _to_device, as_batches, context_length, evaluation_mode, is_batches
+from .batches import _to_device, as_batches, context_length, evaluation_mode, is_batches, seeded
 from .config import QuantizationConfig, TrainingConfig
 from .data import Batches, DataError, Tokens
 from .layers import _check_model, QuantizationError, QuantLinear
@@ -34,6 +34,7 @@ class _Watched:
     observer: Observer | None  # of its input's range
     hessian: Hessian | None  # of its input's directions
     calls: int = 0
+    width: int | None = None  # features of its input
     stage: int | None = None  # layers with the same stage were given the same tensor; stages are in the order of the calls
 
 # %% ../nbs/04f_calibration.ipynb #inputs
@@ -44,8 +45,9 @@ class _Inputs:
         self.last, self.number, self.product = None, -1, None
 
     def see(self, x: Tensor) -> None:
-        if self.last is None or self.last[0] is not x or self.last[1] != x._version:
-            self.last, self.number, self.product = (x, x._version), self.number + 1, None
+        version = None if x.is_inference() else x._version  # tensors of inference mode count no changes
+        if self.last is None or self.last[0] is not x or self.last[1] != version:
+            self.last, self.number, self.product = (x, version), self.number + 1, None
 
     def add_to(self, hessian: Hessian) -> None:
         x = self.last[0].detach()
@@ -56,6 +58,7 @@ class _Inputs:
 def _observe(watched: _Watched, inputs: _Inputs, module: nn.Module, args: tuple, kwargs: dict) -> None:
     "Take the input of a call into account; this is the hook."
     inputs.see(args[0] if args else next(iter(kwargs.values())))
+    watched.width = inputs.last[0].shape[-1]
     watched.stage = inputs.number if watched.stage is None else watched.stage
     try:
         if watched.observer is not None:
@@ -69,7 +72,7 @@ def _observe(watched: _Watched, inputs: _Inputs, module: nn.Module, args: tuple,
 # %% ../nbs/04f_calibration.ipynb #reached
 def _reached(watched: Iterable[_Watched]) -> None:
     "Refuse to go on with layers that no data reached."
-    never = [w.name or "the model" for w in watched if not w.calls]
+    never = [w.name or "the model" for w in watched if not w.calls or w.observer is not None and not w.observer.seen]
     if never:
         more = f" and {len(never) - 3} more" if len(never) > 3 else ""
         raise QuantizationError(
@@ -164,6 +167,8 @@ class Calibration:
         *names: str,  # layers to draw; none: the first nine that were reached
     ):  # array of matplotlib Axes
         "Draw the histogram that each observer saw, and where it cut."
+        if unknown := [n for n in names if n not in self.observers]:
+            raise QuantizationError(f"plot: found {unknown[0][:80]!r}; expected layers that were observed: {', '.join(self.observers)[:160]}.")
         return _plot_observers({n: self.observers[n] for n in names} or dict(itertools.islice(self.observers.items(), 9)))
 
 # %% ../nbs/04f_calibration.ipynb #plot-observers
@@ -212,12 +217,14 @@ def _as_iterable(data: Any, model: nn.Module) -> Iterable:
     raise DataError(f"found {type(data).__name__}; expected an iterable of batches or of inputs of the model.")
 
 # %% ../nbs/04f_calibration.ipynb #batches-of
-def _batches_of(data: Any, model: nn.Module, num_batches: int | None) -> Iterator:
+def _batches_of(data: Any, model: nn.Module, num_batches: int | None, name: str = "calibration_data") -> Iterator:
     "Return the batches of what somebody passed as data: an endless source gives 32 of them, unless told how many."
+    if num_batches is not None and (type(num_batches) is not int or num_batches < 1):
+        raise QuantizationError(f"num_batches: found {num_batches!r}; expected a whole number >= 1, or None.")
     try:
         batches = _as_iterable(data, model)
     except DataError as error:
-        raise QuantizationError(f"calibration_data: {error}") from None
+        raise QuantizationError(f"{name}: {error}") from None
     return itertools.islice(batches, 32 if num_batches is None and isinstance(batches, Batches) else num_batches)
 
 # %% ../nbs/04f_calibration.ipynb #run-batch
@@ -226,7 +233,7 @@ def _shown(batch: Any) -> str:
     if isinstance(batch, Tensor):
         return f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
     if isinstance(batch, Mapping):
-        return "a dict with " + ", ".join(map(str, batch))[:80]
+        return "a dict with " + ", ".join(map(repr, batch))[:60]
     return f"{type(batch).__name__} of {', '.join(map(_shown, batch))}"[:100] if isinstance(batch, (tuple, list)) else type(batch).__name__
 
 # %% ../nbs/04f_calibration.ipynb #run-batch-2
@@ -276,11 +283,30 @@ def _readable(model: nn.Module, data: Any, num_batches: int | None = None) -> It
     device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
     chosen = None
     for number, batch in enumerate(_batches_of(data, model, num_batches)):
-        where, readings = f"calibration_data: batch {number}", _placed(batch, device)
+        where = f"calibration_data: batch {number}"
+        try:
+            readings = _placed(batch, device)
+        except Exception as error:  # a tensor without values, say
+            raise QuantizationError(f"{where}: found {_shown(batch)}; {str(error).splitlines()[0][:120]}; expected values on {device}.") from None
         if chosen is None:
             with evaluation_mode(model):
                 chosen = _run_batch(model, batch, readings, where)
         yield where, batch, readings[chosen : chosen + 1] or readings[-1:]
+
+# %% ../nbs/04f_calibration.ipynb #kept
+@contextlib.contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    "Leave no trace in buffers and random numbers; static ranges, which are there to be changed, keep what they became."
+    buffers = [(m, name, b, b.clone()) for m in model.modules() if not isinstance(m, QuantLinear) for name, b in m._buffers.items() if b is not None]
+    try:
+        with seeded(0, 0):
+            yield
+    finally:
+        for module, name, buffer, values in buffers:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, values):
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                    buffer.copy_(values)
 
 # %% ../nbs/04f_calibration.ipynb #show
 def _show_(seen: Calibration, model: nn.Module, readable: Iterable[tuple]) -> Calibration:
@@ -296,7 +322,7 @@ def _show_(seen: Calibration, model: nn.Module, readable: Iterable[tuple]) -> Ca
 # %% ../nbs/04f_calibration.ipynb #calibrate
 def calibrate(
     model: nn.Module,  # float, or with static layers whose ranges are to be renewed
-    batches: Any = None,  # an iterable of batches or of plain inputs, `Tokens`, or a single batch; None: watch inside `with`
+    batches: Any = None,  # an iterable of batches or of plain inputs, `Tokens`, or a single tensor or dict; None: watch inside `with`
     config: QuantizationConfig | TrainingConfig | dict | None = None,  # names the observers; its rounding `gptq` asks for Hessians too
     *,
     num_batches: int | None = None,  # at most so many; None: all, or 32 of an endless source
@@ -304,4 +330,7 @@ def calibrate(
 ) -> Calibration:  # for `calibration_data=` of `quantize_model_ptq`; a table in Jupyter
     "Watch what the linear layers of a model are given: run `batches` through it, or use as `with calibrate(model) as seen:`."
     seen = _watch(model, _settings(config, overrides))
-    return seen if batches is None else _show_(seen, model, _readable(model, batches, num_batches))
+    if batches is not None:
+        with _kept(model):
+            _show_(seen, model, _readable(model, batches, num_batches))
+    return seen

@@ -320,7 +320,9 @@ class _Table(list):
 def _write(value: Any) -> str:
     "Write a value as JSON that any YAML reader, old ones too, takes for the same value: 1e-08 needs a point for that."
     if isinstance(value, (list, tuple)): return f"[{', '.join(map(_write, value))}]"
-    if isinstance(value, Mapping): return f"{{{', '.join(f'{key}: {_write(item)}' for key, item in value.items())}}}"
+    if isinstance(value, Mapping):
+        plain = lambda key: key if re.fullmatch(r"[A-Za-z_][\w.]*", key) and _core(key) == key else json.dumps(key, ensure_ascii=False)
+        return f"{{{', '.join(f'{plain(key)}: {_write(item)}' for key, item in value.items())}}}"
     text = json.dumps(value, ensure_ascii=False)
     return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
 
@@ -547,8 +549,16 @@ _Observer = Literal["minmax", "moving_average", "percentile", "mse", "histogram"
 
 
 class _Overrides(dict):
-    "A mapping that is hashed by what it says, as the rest of a configuration is."
-    __hash__ = lambda self: hash(json.dumps(self, sort_keys=True, default=str))
+    "A mapping that is compared and hashed by what it says and in which order, as later overrides win."
+    __eq__ = lambda self, other: isinstance(other, Mapping) and list(self.items()) == list(other.items())
+    __ne__ = lambda self, other: not self == other
+    __hash__ = lambda self: hash(json.dumps(self, default=str))
+
+
+def _to_overrides(value: dict) -> _Overrides:
+    "Give each override's fields their own names; what is wrong with them is left for the rule that says so."
+    renamed = {pattern: _rename(QuantizationConfig, fields) for pattern, fields in value.items()}
+    return _Overrides({pattern: dict(value[pattern]) if problems else own for pattern, (own, problems) in renamed.items()})
 
 
 _GROUPS = "that is -1 or from 2 to 65536"
@@ -576,13 +586,12 @@ def _for_layer(config: Config, fields: Mapping) -> Config:
 def _override_rule(c: BaseModel) -> Iterator[_Problem]:
     "An override is a mapping of fields that a layer can have for itself, with values that they take."
     for pattern, fields in c.overrides.items():
-        for name in [name for name in fields if _names(type(c)).get(name) not in _PER_LAYER]:
-            hint = _near_name(type(c), name) if name not in _names(type(c)) else ""
-            yield _Problem(("overrides", pattern, name), "no setting of a single layer", f"one of {', '.join(_PER_LAYER)}", hint)
-            break
-        else:
+        own, problems = _rename(type(c), fields)
+        problems += [_Problem((name,), "no setting of a single layer", f"one of {', '.join(_PER_LAYER)}") for name in own if name not in _PER_LAYER]
+        if not problems:
             try: _for_layer(c, fields)
-            except ConfigError as error: yield from (problem._replace(loc=("overrides", pattern, *problem.loc)) for problem in error._problems)
+            except ConfigError as error: problems = error._problems
+        yield from (problem._replace(loc=("overrides", pattern, *problem.loc)) for problem in problems)
 
 # %% ../nbs/01_config.ipynb #quantization-config
 class QuantizationConfig(Config):
@@ -618,7 +627,7 @@ class QuantizationConfig(Config):
     skip_modules: _Names = _field(
         (), "Modules to leave as they are, in addition to the defaults", unit="module names", range="names or globs", example=["lm_head"],
         aliases=("quantization_skip_modules", "modules_to_not_convert", "llm_int8_skip_modules", "ignore"))
-    overrides: Annotated[dict[_Text, dict[_Text, Any]], AfterValidator(_Overrides)] = _field(
+    overrides: Annotated[dict[_Text, dict[_Text, Any]], AfterValidator(_to_overrides)] = _field(
         {}, "Settings of single layers, by name or glob; of several that match, the last wins", unit="settings by module name",
         range="names or globs with a mapping each", example={"layers.0.*": {"bits": 8}}, aliases=("quantization_overrides",), validate_default=True)
 
@@ -776,7 +785,7 @@ def _assign(kind: type, tree: dict, loc: tuple, value: Any) -> None:
     for alias in [key for key in tree if key != head and _names(kind).get(key) == head]: tree[head] = tree.pop(alias)
     if len(loc) == 1: tree[head] = value
     elif isinstance(tree.get(head), Mapping | None) or section is None:  # else the file has no section there, which is an error of its own
-        tree[head] = dict(tree.get(head) or {}) if section else {}
+        tree[head] = dict(tree.get(head) or {}) if section or isinstance(tree.get(head), Mapping) else {}
         _assign(section or Config, tree[head], loc[1:], value)
 
 # %% ../nbs/01_config.ipynb #open-source

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .kernels import expand_groups, int4_linear, int8_linear
+from .kernels import _MOST, expand_groups, int4_linear, int8_linear
 from .rounding import float_weights
 
 # %% ../nbs/04c_layers.ipynb #empty-weights
@@ -57,10 +57,13 @@ class _Quantized(nn.Module):
         "Return the float weights that this layer computes with."
         return float_weights(self.codes, self.scale, self.group_scale, self.shape[1])
 
+    transposed = False  # whether `weight` is turned
+
     @property
     def weight(self) -> Tensor:
         "The weights as floats of the model's dtype, made anew at each access: for code that reads `module.weight`."
-        return self.dequantize().to(self.dtype)
+        weight = self.dequantize().to(self.dtype)
+        return weight.t() if self.transposed else weight
 
     def _apply(self, fn, recurse=True):
         before = {name: value for name, value in self._buffers.items() if value is not None}
@@ -104,24 +107,19 @@ class QuantLinear(_Quantized):
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None)
 
     @property
-    def weight(self) -> Tensor:
-        "The weights as floats of the model's dtype, made anew at each access: for code that reads `module.weight`."
-        return super().weight.t() if self.transposed else super().weight
-
-    @property
     def quantization_type(self) -> str:
         "How activations are rounded: `dynamic` or `static`."
         return "dynamic" if self.input_scale is None else "static"
 
     def forward(
         self,
-        x: Tensor,  # activations `[..., in_features]`
-    ) -> Tensor:  # `[..., out_features]`, dtype of `x`
-        "Return the layer's output; gradients flow to `x` and the bias, none to the codes."
+        input: Tensor,  # activations `[..., in_features]`
+    ) -> Tensor:  # `[..., out_features]`, dtype of `input`
+        "Return the layer's output; gradients flow to `input` and the bias, none to the codes."
         given = {"input_scale": self.input_scale, "input_zero_point": self.input_zero_point}
         if self.bits == 8:
-            return int8_linear(x, self.codes, self.scale, self.bias, **given)
-        return int4_linear(x, self.codes, self.scale, self.group_scale, self.group_size, self.bias, **given)
+            return int8_linear(input, self.codes, self.scale, self.bias, **given)
+        return int4_linear(input, self.codes, self.scale, self.group_scale, self.group_size, self.bias, **given)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, {self.quantization_type}"
@@ -146,12 +144,12 @@ class QuantEmbedding(_Quantized):
 
     def forward(
         self,
-        ids: Tensor,  # integers `[...]` below num_embeddings
+        input: Tensor,  # integers `[...]` below num_embeddings
     ) -> Tensor:  # `[..., embedding_dim]` of the model's dtype
-        "Return the rows that `ids` name."
-        codes, scale = F.embedding(ids, self.codes), F.embedding(ids, self.scale[:, None])
+        "Return the rows that `input` names."
+        codes, scale = F.embedding(input, self.codes), F.embedding(input, self.scale[:, None])
         if self.bits == 4:
-            codes = expand_groups(codes, F.embedding(ids, self.group_scale), self.embedding_dim)
+            codes = expand_groups(codes, F.embedding(input, self.group_scale), self.embedding_dim)
         return (codes * scale).to(self.dtype)
 
 # %% ../nbs/04c_layers.ipynb #kind
@@ -161,6 +159,11 @@ def _kind(module: nn.Module) -> str | None:
         return type(module).__name__
     known = (type(module).__module__, type(module).__qualname__) == ("transformers.pytorch_utils", "Conv1D")  # without importing it
     return "Conv1D" if known else None
+
+# %% ../nbs/04c_layers.ipynb #matrix
+def _matrix(module: nn.Module) -> Tensor:
+    "Return the weight of a layer as `[rows, width]`: outputs by inputs, or tokens by features."
+    return module.weight.t() if _kind(module) == "Conv1D" else module.weight
 
 # %% ../nbs/04c_layers.ipynb #reason
 def _is_plain(p: Tensor) -> bool:
@@ -182,6 +185,8 @@ def _reason(module: nn.Module) -> str | None:
         return "it has state-dict hooks"
     if getattr(module, "max_norm", None) is not None:
         return "max_norm rewrites its weight at each look-up"
+    if _kind(module) != "Embedding" and _matrix(module).shape[1] > _MOST:
+        return f"it has more than {_MOST:,} inputs, whose products may exceed 32 bits"
     return None if module.weight.numel() else "it has no weights"
 
 # %% ../nbs/04c_layers.ipynb #layer-and-key
@@ -223,11 +228,6 @@ def _check_model(model: nn.Module, change: bool = True) -> None:
         if isinstance(p, nn.parameter.UninitializedTensorMixin):
             raise QuantizationError(f"{name}: found a lazy parameter without a shape; expected a built model. Run one batch through it first.")
 
-# %% ../nbs/04c_layers.ipynb #matrix
-def _matrix(module: nn.Module) -> Tensor:
-    "Return the weight of a layer as `[rows, width]`: outputs by inputs, or tokens by features."
-    return module.weight.t() if _kind(module) == "Conv1D" else module.weight
-
 # %% ../nbs/04c_layers.ipynb #integer-layer
 def _integer_layer(module: nn.Module, bits: int, group_size: int | None, device, symmetric: bool | None = None) -> _Quantized:
     "Return an empty integer layer for `module`."
@@ -258,3 +258,23 @@ def _float_layer(module: _Quantized, weight: nn.Parameter) -> nn.Module:
         new = nn.Linear(*module.shape[::-1], module.bias is not None, device="meta")
     new.weight = weight
     return new.train(module.training)
+
+# %% ../nbs/04c_layers.ipynb #fast-paths
+_FAST = {nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0), nn.TransformerEncoder: ("use_nested_tensor", False)}
+
+
+def _close_fast_paths_(model: nn.Module) -> None:
+    "Let encoders with integer layers in them call these."
+    for module in model.modules():
+        for kind, (flag, off) in _FAST.items():
+            if isinstance(module, kind) and any(isinstance(m, _Quantized) for m in module.modules()):
+                vars(module).setdefault("_fast_path", getattr(module, flag))
+                setattr(module, flag, off)
+
+
+def _open_fast_paths_(model: nn.Module) -> None:
+    "Undo `_close_fast_paths_`."
+    for module in model.modules():
+        for kind, (flag, _) in _FAST.items():
+            if isinstance(module, kind) and "_fast_path" in vars(module):
+                setattr(module, flag, vars(module).pop("_fast_path"))

@@ -81,7 +81,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     "Return the causal averages of `v`, all `[B, T, heads, head_dim]`; k and v may have fewer heads than q."
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     how = {"enable_gqa": q.shape[1] != k.shape[1]}
-    pays = 256 <= q.shape[2] <= 512 <= q.shape[0] * q.shape[2] and not q.requires_grad and q.device.type == "cpu"
+    pays = q.shape[2] in (256, 512) and q.shape[0] * q.shape[2] >= 512 and not q.requires_grad and q.device.type == "cpu"
     if pays and torch.compiler.is_compiling():
         return _attend_in_blocks(q, k, v, **how).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, **how).transpose(1, 2)

@@ -22,8 +22,9 @@ def _settings(config, changes: dict) -> QuantizationConfig:
         prefix = "quantization_" if isinstance(config, TrainingConfig) else ""
         config = {name: getattr(config, name) for name in config.model_fields_set if name.startswith(prefix)}
         config = {name: value for name, value in config.items() if name != "quantization_mode" or value is not None}
-    if not isinstance(config, dict | None):
-        raise QuantizationError(f"config: found {type(config).__name__}; expected a QuantizationConfig, a TrainingConfig, a dict or None.")
+    if not isinstance(config, dict | None) or any(not isinstance(name, str) for name in config or ()):
+        found = type(config).__name__ if not isinstance(config, dict) else f"the keys {list(config)[:3]}"
+        raise QuantizationError(f"config: found {found}; expected a QuantizationConfig, a TrainingConfig, a dict of fields or None.")
     return QuantizationConfig(**{name.removeprefix("quantization_"): value for name, value in {**(config or {}), **changes}.items()})
 
 # %% ../nbs/04e_plan.ipynb #match
@@ -34,7 +35,7 @@ def _match(pattern: str, model: nn.Module, field: str = "skip_modules") -> set[i
     if not found:
         inside = [f"*.{pattern}"] if any(name.endswith(f".{pattern}") for name in names) else []
         near = (inside + difflib.get_close_matches(pattern, names, n=1, cutoff=0.5) + list(names)[-1:] + ["*"])[0]
-        raise QuantizationError(f"{field}: {pattern!r} matches no module; expected a glob of module names, such as {near!r}.")
+        raise QuantizationError(f"{field}: {pattern[:60]!r} matches no module; expected a glob of module names, such as {near[:120]!r}.")
     return found
 
 # %% ../nbs/04e_plan.ipynb #set-aside
@@ -50,17 +51,15 @@ def _set_aside(groups: list[list[_Layer]], model: nn.Module, config: Quantizatio
                 layer.reason = layer.reason or f"shares its weight with {stays.name or 'the model'}, which stays as it is"
 
 # %% ../nbs/04e_plan.ipynb #overrides
-def _overridden(groups: list[list[_Layer]], model: nn.Module, config: QuantizationConfig) -> dict[int, dict]:
-    "Return what `overrides` say of each layer that will be quantized, by the module's id; raise where a pattern says it of none."
-    mine = {id(layer.module): {} for group in groups if not group[0].reason for layer in group}
+def _overridden(groups: list[list[_Layer]], model: nn.Module, config: QuantizationConfig) -> list[tuple[set[int], dict]]:
+    "Return which modules each override is for, by their ids, and what it says; raise where it is for none that will be quantized."
+    mine, special = {id(layer.module): layer.name for group in groups if not group[0].reason for layer in group}, []
     for pattern, fields in config.overrides.items():
-        found = _match(pattern, model, "overrides") & mine.keys()
-        if not found:
-            names = ", ".join(layer.name for group in groups if not group[0].reason for layer in group)
-            raise QuantizationError(f"overrides: {pattern!r} matches no layer that is quantized; expected one of {names[:160] or 'none: all are left alone'}.")
-        for module in found:
-            mine[module] |= fields
-    return mine
+        special.append((_match(pattern, model, "overrides") & mine.keys(), fields))
+        if not special[-1][0]:
+            names = ", ".join(mine.values())[:160] or "none: all are left alone"
+            raise QuantizationError(f"overrides: {pattern[:60]!r} matches no layer that is quantized; expected one of {names}.")
+    return special
 
 # %% ../nbs/04e_plan.ipynb #fit-group-size
 def _fit_group_size(width: int, most: int = 64) -> int:
@@ -75,6 +74,7 @@ class _Task:
     bits: int
     group_size: int | None
     config: QuantizationConfig  # that holds for them
+    fixed: bool = False  # bits or groups were asked for these owners alone
 
     @property
     def linear(self) -> list[_Layer]:
@@ -91,12 +91,14 @@ class _Task:
 def _task(owners: list[_Layer], config: QuantizationConfig, fields: dict) -> _Task:
     "Return the task for the owners of one weight, with what overrides say of them."
     if owners[0].module.weight.is_meta:
-        raise QuantizationError(f"{owners[0].name}: found a weight without values (device meta); expected a loaded model.")
+        raise QuantizationError(f"{owners[0].name or 'the model'}: found a weight without values (device meta); expected a loaded model.")
+    if fields.get("bits") == 8:  # a group size that another override asks for is for layers of 4 bits
+        fields = {name: value for name, value in fields.items() if name != "group_size"}
     own = _for_layer(config, fields) if fields else config
     embeds = any(isinstance(layer.module, nn.Embedding) for layer in owners)
-    bits = config.embedding_bits if embeds and not fields.keys() & {"bits", "quantization_bits", "nbits", "num_bits"} else own.bits
+    bits = config.embedding_bits if embeds and "bits" not in fields else own.bits
     adapted = _fit_group_size(_matrix(owners[0].module).shape[1]) if own.group_size is None else own.group_size
-    return _Task(owners, bits, adapted if bits == 4 else None, own)
+    return _Task(owners, bits, adapted if bits == 4 else None, own, fixed=bool(fields.keys() & {"bits", "group_size"}))
 
 # %% ../nbs/04e_plan.ipynb #check-groups
 def _check_groups(tasks: list[_Task]) -> None:
@@ -119,7 +121,8 @@ def _plan(model: nn.Module, config: QuantizationConfig) -> tuple[list[_Task], di
     special = _overridden(groups, model, config)
     tasks = []
     for group in (group for group in groups if not group[0].reason):
-        fields = {name: value for layer in group for name, value in special[id(layer.module)].items()}
+        ids = {id(layer.module) for layer in group}
+        fields = {name: value for found, own in special if found & ids for name, value in own.items()}
         tasks.append(_task(group, config, fields))
     _check_groups(tasks)
     if not tasks:

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from .account import _plain, get_quantization_info, LayerInfo, QuantizationInfo, QuantizationReport  # noqa: F401  (also importable from here)
 from .batches import evaluation_mode
-from .calibration import _fast_path_closed, _reached, _readable, _show_, _watch, calibrate, Calibration  # noqa: F401
+from .calibration import _fast_path_closed, _kept, _observe, _reached, _readable, _show_, _watch, calibrate, Calibration  # noqa: F401
 from .config import QuantizationConfig, TrainingConfig
 from .kernels import KernelError
 from qtlm.layers import (
-    _check_model, _float_layer, _integer_layer, _kind, _matrices, _matrix, _Quantized, _reason, _weight_key,
+    _check_model, _close_fast_paths_, _float_layer, _integer_layer, _kind, _matrices, _matrix, _open_fast_paths_, _Quantized, _reason, _weight_key,
     QuantEmbedding, QuantizationError, QuantLinear,
 )  # fmt: skip
+from .observers import make_observer, Observer
 from .plan import _plan, _settings, _Task
 from .rounding import float_weights, Hessian, round_weights, RoundingError
 
@@ -293,11 +294,19 @@ def _layer_after_layer(model: nn.Module, tasks: list[_Task], seen: Calibration, 
                 made |= _integer_owners(task, seen, found[0], _matrix(task.owners[0].module).float() @ found[1])
     return made
 
+# %% ../nbs/05_quantization.ipynb #is-asked-for
+def _is_asked_for(task: _Task, observer) -> bool:
+    "Tell whether a layer was watched by the observer that the settings name, as far as they name one."
+    asked = {name: getattr(task.config, name) for name in ("symmetric", "percentile") if name in task.config.model_fields_set}
+    kind = type(make_observer(task.config.observer)) if "observer" in task.config.model_fields_set else Observer
+    same = isinstance(observer, kind) and all(getattr(observer, name, value) == value for name, value in asked.items())
+    return task.config.type != "static" or same
+
 # %% ../nbs/05_quantization.ipynb #check-watched
 def _check_watched(name: str, task: _Task, watched) -> None:
     "Refuse a calibration that has not looked at a layer in the way that its task needs."
     lacks = watched is None or task.config.type == "static" and watched.observer is None or task.rounding == "gptq" and watched.hessian is None
-    if lacks or watched.hessian is not None and len(watched.hessian.matrix) != _matrix(task.owners[0].module).shape[1]:
+    if lacks or watched.width not in (None, _matrix(task.owners[0].module).shape[1]) or not _is_asked_for(task, watched.observer):
         raise QuantizationError(f"calibration_data: {name} was not watched as type={task.config.type!r}, rounding={task.rounding!r} need it; "
                                 "expected a calibration with the same settings: calibrate(model, batches, config).")  # fmt: skip
 
@@ -341,12 +350,16 @@ def quantize_model_ptq(
         raise QuantizationError(f"mode: found {settings.mode!r}; expected 'ptq'. Training with the rounding switched on is another verb's work.")
     if done := next((name for name, module in model.named_modules() if isinstance(module, _Quantized)), None):
         raise QuantizationError(f"{done}: is quantized already; expected a float model. Quantize the original, or dequantize_model(model) first.")
+    if any(getattr(hook, "func", None) is _observe for m in model.modules() for hook in m._forward_pre_hooks.values()):
+        raise QuantizationError("model: is being watched; expected the `with calibrate(...)` block to have ended. Quantize after it.")
     tasks, left_alone = _plan(model, settings)
     with torch.inference_mode(False):  # buffers made inside inference mode could never take part in a backward pass
         after = any(t.rounding == "gptq" for t in tasks) and settings.sequential and not isinstance(calibration_data, Calibration)
-        seen, batches = _seen(model, tasks, settings, calibration_data, hessians=not after)
-        made = _layer_after_layer(model, tasks, seen, batches) if after else _integer_layers(tasks, seen)
+        with _kept(model):
+            seen, batches = _seen(model, tasks, settings, calibration_data, hessians=not after)
+            made = _layer_after_layer(model, tasks, seen, batches) if after else _integer_layers(tasks, seen)
         quantized = _swap(model, made, inplace)
+    _close_fast_paths_(quantized)
     quantized._left_alone = left_alone
     return quantized
 
@@ -368,7 +381,9 @@ def dequantize_model(
         if not new:
             raise QuantizationError("model: found no quantized layer; expected a model from quantize_model_ptq or a checkpoint of one.")
         done = _swap(model, new, inplace).float()
-    vars(done).pop("_left_alone", None)
+    for module in done.modules():
+        vars(module).pop("_left_alone", None)
+    _open_fast_paths_(done)
     return done
 
 # %% ../nbs/05_quantization.ipynb #quantization-metadata
@@ -461,6 +476,7 @@ def restore_quantization(
             owner = new[id(modules[entry["tied_to"]])]
             new[id(modules[name])]._buffers.update({shared: owner._buffers[shared] for shared in _SHARED})
     _swap(model, new, inplace=True)
+    _close_fast_paths_(model)
     if layers:
         model._left_alone = {str(name): str(reason) for name, reason in metadata["left_alone"].items()}
     return model

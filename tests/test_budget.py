@@ -78,7 +78,7 @@ def test_classifiers_of_others():
     assert info.bits_per_weight <= 7.0
 
 
-@pytest.mark.parametrize("data, match", [([], "found no batches|no target"), ([3], "batches: .*int"), (None, "found NoneType"), ([torch.randn(2, 3)], "batches: ")], ids=["empty", "number", "none", "no targets"])
+@pytest.mark.parametrize("data, match", [([], "found no batches|no target"), ([3], "batches: .*int"), (None, "batches: found NoneType"), ([torch.randn(2, 3)], "batches: ")], ids=["empty", "number", "none", "no targets"])
 def test_data_without_targets_are_refused(lm, data, match):
     with pytest.raises(QuantizationError, match=match) as caught:
         sensitivity(lm, data)
@@ -93,7 +93,7 @@ def test_a_failing_model_is_put_back():
             return super().forward(x)
 
     model = Picky(nn.Linear(8, 4))
-    with pytest.raises(RuntimeError, match="no"):
+    with pytest.raises(QuantizationError, match="batches: the model raised RuntimeError: no"):
         sensitivity(model, [(torch.randn(2, 8), torch.zeros(2, dtype=torch.int64))])
     assert type(model[0]) is nn.Linear
 
@@ -101,3 +101,30 @@ def test_a_failing_model_is_put_back():
 def test_the_picture(lm, batches, tmp_path):
     pytest.importorskip("matplotlib").use("agg")
     assert len(sensitivity(lm, batches).plot(5).patches) == 5
+
+
+def test_what_was_asked_of_layers_stays(batches):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.ModuleDict({"a[0]": nn.Linear(128, 8)})["a[0]"])
+    model.add_module("b[1]", nn.Linear(8, 8))
+    data = [(torch.randn(64, 64), torch.randint(8, (64,)))]
+    for asked, bits in [({"0": {"bits": 4}}, 7.5), ({"0": {"symmetric": True}}, 8.0), ({"*": {"group_size": 8}}, 7.5), ({"2": {"bits": 8}}, 8.2)]:
+        for kind in ("dynamic", "static"):
+            config = mixed_precision(model, data, bits, type=kind, overrides=asked)
+            quantized = quantize_model_ptq(model, config, data)
+            info = get_quantization_info(quantized)
+            assert info.bits_per_weight <= bits and info.type == kind
+            for name, fields in asked.items():
+                row = info.layers[name] if name != "*" else info.layers["0"]
+                assert all(getattr(row, field) == value for field, value in fields.items() if field != "symmetric" or kind == "static")
+    alone = nn.Linear(64, 8)
+    assert get_quantization_info(quantize_model_ptq(alone, mixed_precision(alone, data, 9.0))).bits_per_weight <= 9
+
+
+def test_data_that_are_not_finite_are_refused(lm):
+    model = nn.Sequential(nn.Linear(8, 4))
+    with pytest.raises(QuantizationError, match="batches: .*(not finite|NaN|nan)"):
+        sensitivity(model, [(torch.full((2, 8), torch.nan), torch.zeros(2, dtype=torch.int64))])
+    for wrong in (-1, 0, 1.5, "a", True):
+        with pytest.raises(QuantizationError, match="num_batches: found"):
+            sensitivity(model, [(torch.ones(2, 8), torch.zeros(2, dtype=torch.int64))], num_batches=wrong)

@@ -240,9 +240,17 @@ def test_a_calibration_must_have_seen_what_is_asked_for():
             quantize_model_ptq(model, bits=4, calibration_data=seen, **options)
     with pytest.raises(QuantizationError, match="was not watched"):
         quantize_model_ptq(nn.ModuleDict({"other": model}), type="static", calibration_data=seen)
-    with pytest.raises(QuantizationError, match="never reached 0, 2"), calibrate(model) as nothing:
+    with calibrate(model) as nothing, pytest.raises(QuantizationError, match="model: is being watched"):
         quantize_model_ptq(model, type="static", calibration_data=nothing)
-    assert quantize_model_ptq(model, type="static", observer="minmax", calibration_data=seen)[0].input_scale == seen.observers["0"].qparams()[0]
+    with pytest.raises(QuantizationError, match="never reached 0, 2"):
+        quantize_model_ptq(model, type="static", calibration_data=nothing)
+    assert quantize_model_ptq(model, type="static", calibration_data=seen)[0].input_scale == seen.observers["0"].qparams()[0]
+    for other in (dict(observer="minmax"), dict(symmetric=True), dict(observer="percentile", percentile=60.0)):
+        with pytest.raises(QuantizationError, match="0 was not watched"):
+            quantize_model_ptq(model, type="static", calibration_data=seen, **other)
+    with pytest.raises(QuantizationError, match="0 was not watched"):
+        quantize_model_ptq(mlp(7, 8, 3), type="static", calibration_data=seen)
+    assert quantize_model_ptq(model, type="static", observer="histogram", symmetric=False, calibration_data=seen)[0].input_zero_point is not None
 
 
 def test_requests_are_checked_before_any_data_run():
@@ -369,3 +377,100 @@ def test_layers_that_are_called_twice_or_only_by_some_batches():
     for sequential in (True, False):
         quantized = quantize_model_ptq(Odd(), bits=4, rounding="gptq", sequential=sequential, calibration_data=data)
         assert len(get_quantization_info(quantized).layers) == 3 and quantized(data[2]).isfinite().all()
+
+
+# ---- no trace ----
+
+def test_buffers_and_random_numbers_are_left_alone():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+            self.register_buffer("n", torch.tensor(0))
+
+        def forward(self, x):
+            self.n += 1
+            return self.fc(x)
+
+    torch.manual_seed(3)
+    loader = DataLoader(TensorDataset(torch.randn(16, 6)), batch_size=4, shuffle=True)
+    for options in (dict(type="static"), dict(bits=4, rounding="gptq", type="static"), dict(rounding="gptq", sequential=False)):
+        model, state = Counts(), torch.get_rng_state()
+        quantized = quantize_model_ptq(model, calibration_data=loader, **options)
+        assert model.n == quantized.n == 0 and torch.equal(torch.get_rng_state(), state)
+        with pytest.raises(QuantizationError):
+            quantize_model_ptq(model, calibration_data=[torch.ones(2, 6), "x"], inplace=True, **options)
+        calibrate(model, loader)
+        assert model.n == 0 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_inference_mode_everywhere():
+    model = mlp(6, 8, 3)
+    with torch.inference_mode():
+        x = torch.randn(20, 6)
+        with calibrate(model) as seen:
+            model(x)
+        assert len(seen.observers) == 2
+        inside = quantize_model_ptq(model, bits=4, rounding="gptq", type="static", calibration_data=[x])
+    for options in (dict(type="static"), dict(bits=4, rounding="gptq"), dict(bits=4, rounding="gptq", sequential=False)):
+        assert quantize_model_ptq(model, calibration_data=[x], **options)(x).isfinite().all()
+    assert inside(x.clone().requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("data", [[torch.empty(0, 6)], [torch.empty(3, 6, device="meta")]], ids=["empty", "meta"])
+def test_data_without_values_are_refused(data):
+    with pytest.raises(QuantizationError, match="calibration_data: "):
+        quantize_model_ptq(mlp(6, 8, 3), type="static", calibration_data=data)
+
+
+def test_encoders_compute_with_integers_in_every_mode():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    h = torch.randn(4, 9, 16)
+    padding = torch.arange(9) >= torch.tensor([9, 5, 7, 3])[:, None]
+    for options in (dict(), dict(bits=4), dict(type="static", calibration_data=[h])):
+        quantized = quantize_model_ptq(encoder, **options)
+        called = []
+        for m in quantized.modules():
+            if hasattr(m, "codes"):
+                m.register_forward_hook(lambda *a: called.append(1))
+        with_grad = quantized(h)
+        with torch.no_grad():
+            assert (quantized(h) - with_grad).norm() < 0.01 * with_grad.norm() and len(called) == 8  # attention has a fast path of its own
+            masked = quantized(h, src_key_padding_mask=padding)
+            want = encoder(h, src_key_padding_mask=padding)
+            assert (masked - want)[~padding].norm() < 0.4 * want[~padding].norm()
+        back = dequantize_model(quantized)
+        assert [vars(m).keys() for m in back.modules()] == [vars(m).keys() for m in encoder.modules()]
+        assert back.use_nested_tensor == encoder.use_nested_tensor and back.layers[0].activation_relu_or_gelu == 1
+
+
+def test_overrides_win_in_their_order():
+    model = mlp(16, 32, 8)
+    bits = lambda overrides: [row.bits for row in get_quantization_info(quantize_model_ptq(model, bits=4, overrides=overrides)).layers.values()]
+    assert bits({"*": {"bits": 4}, "0": {"quantization_bits": 8}}) == [8, 4] and bits({"0": {"bits": 8}, "*": {"nbits": 4}}) == [4, 4]
+    assert bits({"0": {"bits": 8}, "*": {"group_size": 8}}) == [8, 4]
+    tied = nn.ModuleDict({"e": nn.Embedding(8, 16), "o": nn.Linear(16, 8, bias=False)})
+    tied["o"].weight = tied["e"].weight
+    for overrides, want in [({"o": {"bits": 4}, "e": {"bits": 8}}, 8), ({"e": {"bits": 8}, "o": {"bits": 4}}, 4)]:
+        assert get_quantization_info(quantize_model_ptq(tied, overrides=overrides)).layers["e"].bits == want
+    with pytest.raises(ConfigError, match="given twice"):
+        quantize_model_ptq(model, overrides={"0": {"bits": 4, "nbits": 8}})
+
+
+def test_layers_too_wide_for_32_bits_are_left_alone():
+    model = nn.Sequential(nn.Linear(2**16 + 1, 2), nn.Linear(2, 2))
+    quantized = quantize_model_ptq(model)
+    assert "more than 65,536 inputs" in get_quantization_info(quantized).left_alone["0"].reason and quantized(torch.ones(1, 2**16 + 1)).isfinite().all()
+
+
+def test_yaml_keeps_overrides(tmp_path):
+    from qtlm.config import load_config, save_config
+
+    config = QuantizationConfig(bits=4, overrides={"*": {"group_size": 8}, "*.fc1": {"bits": 8}, "[ab]*": {"type": "static"}, "0": {"rounding": "hqq"}, "null": {"bits": 8}})
+    for name in ("a.yaml", "a.json"):
+        save_config(config, tmp_path / name)
+        assert load_config(tmp_path / name, kind=QuantizationConfig) == config
+    both = load_config(None, "overrides.a={bits: 4}", "overrides.b={bits: 8}", kind=QuantizationConfig)
+    assert both.overrides == {"a": {"bits": 4}, "b": {"bits": 8}}
+    assert config != config.replace(overrides=dict(reversed(config.overrides.items())))

@@ -234,6 +234,33 @@ def test_compiles_to_one_graph():
         torch.testing.assert_close(compiled(ids), model(ids), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_attention_in_blocks_is_causal_and_the_same(dynamic):
+    "Without gradients a compiler gets blocks of queries: the same logits, and nothing from the future."
+    torch._dynamo.reset()                                                       # all models share the limit of programs for one code
+    calls = []
+
+    def backend(graph, inputs):
+        count = sum("scaled_dot_product" in str(node.target) for node in graph.graph.nodes)
+        return lambda *args: (calls.append(count), graph(*args))[1]
+
+    model = small(num_key_value_heads=2, num_hidden_layers=2, block_size=600).eval()
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
+    for shape, blocks in (((2, 256), 4), ((2, 255), 1), ((1, 512), 4), ((2, 301), 1), ((1, 256), 1), ((1, 513), 1)):
+        ids = tokens(model, *shape)
+        with torch.no_grad():
+            got, whole = compiled(ids), model(ids)
+            assert calls.pop() == 2 * blocks, shape
+            assert (got - whole).abs().max() <= 1e-5 * whole.abs().max()
+            for at in (shape[1] // 4, shape[1] // 2 - 1, shape[1] - 1):         # around the borders of blocks
+                other = ids.clone()
+                other[:, at] = (other[:, at] + 1) % 61
+                assert torch.equal(compiled(other)[:, :at], got[:, :at])
+    ids = tokens(model, 2, 256)
+    torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-5, atol=1e-5)
+    assert calls.pop() == 2                                                     # with gradients it is one call a layer
+
+
 def test_dropout_acts_in_training_alone():
     model, plain = small(dropout=0.3), small()
     ids = tokens(model, 2, 16)
