@@ -272,26 +272,38 @@ def _watch(model: nn.Module, config: QuantizationConfig, observe: str = "all", h
             layers.append(_Watched(layer.name, layer.module, observer, hessian))
     return Calibration(layers, static=False)
 
+# %% ../nbs/04f_calibration.ipynb #device
+def _device(model: nn.Module) -> torch.device:
+    "Return where a model's tensors are."
+    return next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
+
 # %% ../nbs/04f_calibration.ipynb #to-device-all
-def _placed(batch: Any, device: torch.device) -> list[tuple[tuple, dict]]:
+def _placed(batch: Any, device: torch.device, where: str) -> list[tuple[tuple, dict]]:
     "Return the readings of a batch with their tensors on `device`."
-    return [(tuple(_to_device(value, device) for value in args), _to_device(kwargs, device)) for args, kwargs in _readings(batch)]
+    try:
+        return [(tuple(_to_device(value, device) for value in args), _to_device(kwargs, device)) for args, kwargs in _readings(batch)]
+    except Exception as error:  # a tensor without values, say
+        raise QuantizationError(f"{where}: found {_shown(batch)}; {str(error).splitlines()[0][:120]}; expected values on {device}.") from None
 
 # %% ../nbs/04f_calibration.ipynb #readable
 def _readable(model: nn.Module, data: Any, num_batches: int | None = None) -> Iterator[tuple]:
     "Yield for each batch where it stands, the batch, and its reading: the first batch is tried on the model to find which one."
-    device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
-    chosen = None
+    device, chosen = _device(model), None
     for number, batch in enumerate(_batches_of(data, model, num_batches)):
         where = f"calibration_data: batch {number}"
-        try:
-            readings = _placed(batch, device)
-        except Exception as error:  # a tensor without values, say
-            raise QuantizationError(f"{where}: found {_shown(batch)}; {str(error).splitlines()[0][:120]}; expected values on {device}.") from None
+        readings = _placed(batch, device, where)
         if chosen is None:
             with evaluation_mode(model):
                 chosen = _run_batch(model, batch, readings, where)
         yield where, batch, readings[chosen : chosen + 1] or readings[-1:]
+
+# %% ../nbs/04f_calibration.ipynb #put-back
+def _put_back_(module: nn.Module, name: str, buffer: Tensor, values: Tensor) -> None:
+    "Let a module have its buffer again, with the values that it had."
+    module._buffers[name] = buffer
+    if not torch.equal(buffer, values):
+        with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+            buffer.copy_(values)
 
 # %% ../nbs/04f_calibration.ipynb #kept
 @contextlib.contextmanager
@@ -302,11 +314,8 @@ def _kept(model: nn.Module) -> Iterator[None]:
         with seeded(0, 0):
             yield
     finally:
-        for module, name, buffer, values in buffers:
-            module._buffers[name] = buffer
-            if not torch.equal(buffer, values):
-                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                    buffer.copy_(values)
+        for kept in buffers:
+            _put_back_(*kept)
 
 # %% ../nbs/04f_calibration.ipynb #show
 def _show_(seen: Calibration, model: nn.Module, readable: Iterable[tuple]) -> Calibration:

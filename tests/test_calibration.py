@@ -433,7 +433,7 @@ def test_encoders_compute_with_integers_in_every_mode():
         called = []
         for m in quantized.modules():
             if hasattr(m, "codes"):
-                m.register_forward_hook(lambda *a: called.append(1))
+                m.register_forward_hook(lambda *a, called=called: called.append(1))
         with_grad = quantized(h)
         with torch.no_grad():
             assert (quantized(h) - with_grad).norm() < 0.01 * with_grad.norm() and len(called) == 8  # attention has a fast path of its own
