@@ -121,7 +121,8 @@ class QuantLinear(_Quantized):
             return int8_linear(input, self.codes, self.scale, self.bias, **given)
         return int4_linear(input, self.codes, self.scale, self.group_scale, self.group_size, self.bias, **given)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
+        "Return what a printed model says of the layer."
         return f"{super().extra_repr()}, {self.quantization_type}"
 
 # %% ../nbs/04c_layers.ipynb #quant-embedding
