@@ -130,8 +130,8 @@ class _Enough(BaseException):
     "What was waited for has come: the rest of a forward pass is not needed."
 
 # %% ../nbs/05_quantization.ipynb #input-of-2
-def _input_of(module: nn.Module, call: Callable) -> Tensor | None:
-    "Run `call` until `module` is called, and return what it is given, as `[tokens, width]`; None if it is never called."
+def _caught(module: nn.Module, call: Callable) -> Tensor | None:
+    "Run `call` until `module` is called, and return what it is given; None if it is never called."
     got = []
 
     def catch(module, args, kwargs):
@@ -145,7 +145,12 @@ def _input_of(module: nn.Module, call: Callable) -> Tensor | None:
         pass
     finally:
         handle.remove()
-    return got[0].reshape(-1, got[0].shape[-1]).float() if got else None
+    return got[0] if got else None
+
+
+def _input_of(module: nn.Module, call: Callable) -> Tensor | None:
+    "Return what `_caught` does, as float32 `[tokens, width]`."
+    return None if (x := _caught(module, call)) is None else x.reshape(-1, x.shape[-1]).float()
 
 # %% ../nbs/05_quantization.ipynb #aim
 def _aim(hessian: Hessian, cross: Tensor) -> Tensor:
@@ -232,8 +237,8 @@ class _Streams:
         for call in self.calls:
             notes = _noted(self.blocks, call)
             with _stand_in(self.model, made):
-                behind = _noted(self.blocks, call)
-            xs = [note[block][1][0] for note in (notes, behind)]
+                behind = _caught(self.blocks[block], call)
+            xs = [notes[block][1][0], behind]
             self.streams.append((xs, [args[1:] for _, args, *_ in notes], [kwargs for _, _, kwargs, _ in notes]))
         self.at = block
 
@@ -268,14 +273,18 @@ def _stages(tasks: list[_Task], seen: Calibration) -> list[list[_Task]]:
         stages.setdefault(seen.layers[task.linear[0].name].stage, []).append(task)
     return [stages[stage] for stage in sorted(stages)]
 
+# %% ../nbs/05_quantization.ipynb #tokens-in
+def _tokens_in(args: tuple, kwargs: dict) -> int:
+    "Count the tokens in a model's arguments: ids one by one, vectors as one each."
+    first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), torch.zeros(1))
+    return first.numel() // first.shape[-1] if first.is_floating_point() and first.dim() else first.numel()
+
 # %% ../nbs/05_quantization.ipynb #enough
-_TOKENS = 16_384  # of the calibration data, which are looked at layer after layer
-
-
-def _enough(module: nn.Module, calls: list[Callable]) -> list[Callable]:
-    "Return the first calls that together give `module` so many tokens."
-    tokens = itertools.accumulate(0 if (x := _input_of(module, call)) is None else len(x) for call in calls)
-    return [calls[0], *(call for call, before in zip(calls[1:], tokens) if before < _TOKENS)]
+def _enough(model: nn.Module, readable: list[tuple]) -> list[tuple]:
+    "Return the first batches, with as many tokens as one pass can take in 2^37 multiplications: 8,192 to 65,536."
+    most = min(max(2**37 // max(1, sum(p.numel() for p in model.parameters())), 2**13), 2**16)
+    tokens = itertools.accumulate(_tokens_in(*readings[0]) for _, _, readings in readable)
+    return [readable[0], *(batch for batch, before in zip(readable[1:], tokens) if before < most)]
 
 # %% ../nbs/05_quantization.ipynb #layer-after-layer
 def _layer_after_layer(model: nn.Module, tasks: list[_Task], seen: Calibration, readable: list[tuple]) -> dict[int, _Quantized]:
@@ -285,7 +294,7 @@ def _layer_after_layer(model: nn.Module, tasks: list[_Task], seen: Calibration, 
     modules = [own[0].linear[0].module for own in stages]
     every = [partial(model, *args, **kwargs) for _, _, ((args, kwargs), *_) in readable]
     with evaluation_mode(model), _fast_path_closed(), _uncached(model):
-        streams = _Streams(model, modules, _enough(modules[0], every))
+        streams = _Streams(model, modules, every[: len(_enough(model, readable))])
         for module, own in zip(modules, stages):
             found = _corrected(own[0], streams.runs(module, made), model, made) or _corrected(own[0], [(call, call) for call in every], model, made)
             if found is None:
@@ -330,7 +339,10 @@ def _seen(model: nn.Module, tasks: list[_Task], config: QuantizationConfig, data
         seen, kept = data, []
     else:
         kept = _readable(model, data) if hessians else list(_readable(model, data))
-        seen = _show_(_watch(model, config, observe="static", hessians=hessians), model, kept)
+        few = _enough(model, kept) if kept and not hessians and all(task.config.type != "static" for task in needs.values()) else kept
+        seen = _show_(_watch(model, config, observe="static", hessians=hessians), model, few)
+        if few is not kept and any(not w.calls for w in seen.layers.values()) and kept[len(few) :]:
+            _show_(seen, model, kept[len(few) :])  # the layers that few batches did not reach, all may
     _reached(seen.layers[name] for name in needs)
     return seen, kept
 
