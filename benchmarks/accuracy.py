@@ -39,7 +39,7 @@ FOLDER = Path(__file__).parents[1] / "checkpoints" / "accuracy"
 LENGTH = SHAPE["block_size"]
 SMALL = dict(vocab_size=1024, hidden_size=128, num_hidden_layers=4, num_attention_heads=2, intermediate_size=384)
 MODELS = {  # windows: how many held-out ones are measured
-    "large": dict(shape=SHAPE, max_steps=1000, learning_rate=1.2e-3, warmup_steps=80, windows=128),
+    "large": dict(shape=SHAPE, max_steps=1000, learning_rate=1.2e-3, warmup_steps=80, windows=64),
     "small": dict(shape=SHAPE | SMALL, max_steps=3000, learning_rate=2e-3, warmup_steps=150, windows=256),
 }
 PEERS = {"torchao": "torchao", "quanto": "optimum-quanto", "hqq": "hqq", "bitsandbytes": "bitsandbytes"}  # first word of a row: package
