@@ -85,12 +85,12 @@ def test_interrupted_demo_goes_on_and_ends_the_same(here, finished, number, code
     environment = {**os.environ, "QTLM_CACHE": str(here / "cache"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "qtlm", *demo(out)], cwd=here, env=environment, stderr=subprocess.PIPE, text=True)
     history = out / "float32" / "history.jsonl"
-    for _ in range(3000):
+    for _ in range(12_000):  # a busy machine takes its time to import torch
         if history.exists() and len(history.read_text().splitlines()) > 5:
             break
         time.sleep(0.01)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     assert process.returncode == code and not (out / "report.json").exists()
     assert qtlm(here, *demo(out)).returncode == 0
     assert report(out) == report(here / "whole")
