@@ -9,7 +9,6 @@ __all__ = ['SensitivityRow', 'Sensitivity', 'sensitivity', 'mixed_precision']
 import copy
 import dataclasses
 import glob
-import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import _to_device, evaluation_mode, model_logits, shifts_labels, split_batch
-from .calibration import _batches_of, Calibration
+from .calibration import _batches_of, _device, Calibration
 from .config import QuantizationConfig, TrainingConfig
 from .data import DataError
 from .layers import _empty_weights, _matrix, QuantizationError
@@ -93,8 +92,7 @@ class _Score:
 # %% ../nbs/05a_budget.ipynb #split
 def _split(model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
     "Return the inputs and targets of a batch, where the model is."
-    device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
-    return tuple(_to_device(part, device) for part in split_batch(batch, shift=shifts_labels(model)))
+    return tuple(_to_device(part, _device(model)) for part in split_batch(batch, shift=shifts_labels(model)))
 
 # %% ../nbs/05a_budget.ipynb #scored
 def _scored(model: nn.Module, made: list[dict], batches: list) -> list[_Score]:
