@@ -191,6 +191,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'qtlm.config._Table.__repr__': ('config.html#_table.__repr__', 'qtlm/config.py'),
                              'qtlm.config._assign': ('config.html#_assign', 'qtlm/config.py'),
                              'qtlm.config._backend_rule': ('config.html#_backend_rule', 'qtlm/config.py'),
+                             'qtlm.config._backward_rule': ('config.html#_backward_rule', 'qtlm/config.py'),
                              'qtlm.config._build': ('config.html#_build', 'qtlm/config.py'),
                              'qtlm.config._check_device': ('config.html#_check_device', 'qtlm/config.py'),
                              'qtlm.config._check_group_size': ('config.html#_check_group_size', 'qtlm/config.py'),

@@ -624,6 +624,9 @@ class QuantizationConfig(Config):
     quantize_embedding: bool = _field(True, "Quantize embeddings too", unit="switch", example=False)  # the largest tensor of a small model
     embedding_bits: _Bits = _field(
         8, "Bits of an embedding's weight", unit="bits", example=4)  # 8 in 4-bit models too: the most sensitive tensor
+    learned_scales: bool = _field(
+        False, "qat: train the scales of weights and static activations too (LSQ)", unit="switch", example=True,
+        aliases=("quantization_learned_scales", "lsq"))
     skip_modules: _Names = _field(
         (), "Modules to leave as they are, in addition to the defaults", unit="module names", range="names or globs", example=["lm_head"],
         aliases=("quantization_skip_modules", "modules_to_not_convert", "llm_int8_skip_modules", "ignore"))
@@ -731,10 +734,17 @@ def _data_rules(c: BaseModel) -> Iterator[_Problem]:
     if shape and c.block_size > shape.block_size:
         yield _Problem(("block_size",), str(c.block_size), f"at most model.block_size = {shape.block_size}", also=("model",))
 
+
+def _backward_rule(c: BaseModel) -> Iterator[_Problem]:
+    "What is stepped before the last gradient is known cannot be scaled by the norm of all, nor wait for another batch."
+    for name, most in (("max_grad_norm", None), ("gradient_accumulation_steps", 1)):
+        if c.gradients_in_backward and getattr(c, name) != most:
+            yield _Problem(("gradients_in_backward",), f"true with {name} = {getattr(c, name)}", f"{name} = {'null' if most is None else most}", also=(name,))
+
 # %% ../nbs/01_config.ipynb #training-config
 class TrainingConfig(_RunFields, _LearningFields):
     "Everything that decides a training run: `TrainingConfig(learning_rate=1e-3)`, or a file read by `load_config`."
-    _rules = (_schedule_rules, _data_rules, functools.partial(_group_rule, prefix="quantization_"))
+    _rules = (_schedule_rules, _data_rules, _backward_rule, functools.partial(_group_rule, prefix="quantization_"))
     quantization_mode: Literal["ptq", "qat"] | None = _field(
         None, "Quantize after training (ptq) or simulate it while training (qat); null: full precision", unit="name", example="qat")
     quantization_bits: _Bits = _field(8, "Bits of a quantized weight", unit="bits", example=4, aliases=("num_bits", "nbits"))
@@ -749,15 +759,30 @@ class TrainingConfig(_RunFields, _LearningFields):
     quantization_skip_modules: _Names = _field(
         (), "Modules to leave as they are, in addition to the defaults", unit="module names", range="names or globs", example=["lm_head"],
         aliases=("modules_to_not_convert", "llm_int8_skip_modules"))
+    quantization_learned_scales: bool = _field(
+        False, "qat: train the scales of weights and static activations too (LSQ)", unit="switch", example=True)
+    fake_quant_after_n_steps: int = _field(
+        0, "qat: steps in full precision before rounding is switched on", unit="steps", ge=0, le=10**9, example=200)
+    freeze_observers_after: float = _field(
+        0.5, "qat: part of the run after which the ranges of static activations stay", unit="share of max_steps", ge=0, le=1, example=0.8)
+    distillation_weight: float = _field(
+        0.0, "Part of the loss that asks for the teacher's probabilities instead of the text's next token", unit="share", ge=0, le=1, example=0.5)
+    distillation_temperature: float = _field(
+        1.0, "Both models' logits are divided by it in that part of the loss", unit="logits", gt=0, le=1e3, example=2.0)
     enable_quantized_finetuning: bool = _field(
         False, "Go on training a model whose weights are already quantized, and stay so", unit="switch", example=True)
+    quantized_finetuning: Literal["weights", "scales"] = _field(
+        "weights", "What of a quantized model is trained: its codes, or the scales of its rows alone", unit="name", example="scales")
+    gradients_in_backward: bool = _field(
+        False, "Fine-tuning: step each weight as soon as its gradient is there, and drop it; no clipping, no accumulation", unit="switch",
+        example=True, needs={"max_grad_norm": None})
     model: ModelConfig | None = _field(
         None, "Shape of the model to train; null: the model is given, or the default one", unit="section",
         example={"hidden_size": 384, "num_hidden_layers": 6})
 
     def quantization(self) -> QuantizationConfig:  # with mode `ptq` where quantization_mode is None
         "Return what the quantization fields say, in the form that the verbs of quantization take."
-        names = ("mode", "bits", "type", "group_size", "rounding", "observer", "skip_modules")
+        names = ("mode", "bits", "type", "group_size", "rounding", "observer", "learned_scales", "skip_modules")
         fields = {name: getattr(self, f"quantization_{name}") for name in names}
         return QuantizationConfig(**{name: value for name, value in fields.items() if value is not None})
 
