@@ -156,6 +156,8 @@ class QuantEmbedding(_Quantized):
 # %% ../nbs/04c_layers.ipynb #kind
 def _kind(module: nn.Module) -> str | None:
     "Return what an integer layer can stand in for, by name, or None."
+    if "qat" in vars(module):  # in quantization-aware training
+        return module.qat.kind
     if type(module) in (nn.Linear, nn.Embedding):
         return type(module).__name__
     known = (type(module).__module__, type(module).__qualname__) == ("transformers.pytorch_utils", "Conv1D")  # without importing it
@@ -174,6 +176,8 @@ def _is_plain(p: Tensor) -> bool:
 
 def _reason(module: nn.Module) -> str | None:
     "Return why this module cannot be replaced, or None if it can."
+    if "qat" in vars(module):
+        return "it is in quantization-aware training, which convert_qat(model) ends"
     if _kind(module) is None:
         return f"{type(module).__name__} is not nn.Linear or nn.Embedding itself"
     if "weight" not in module._parameters or set(module._parameters) - {"weight", "bias"} or module._buffers or module._modules:
@@ -265,10 +269,10 @@ _FAST = {nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0), nn.Transfor
 
 
 def _close_fast_paths_(model: nn.Module) -> None:
-    "Let encoders with integer layers in them call these."
+    "Let encoders call the layers in them that round."
     for module in model.modules():
         for kind, (flag, off) in _FAST.items():
-            if isinstance(module, kind) and any(isinstance(m, _Quantized) for m in module.modules()):
+            if isinstance(module, kind) and any(isinstance(m, _Quantized) or "qat" in vars(m) for m in module.modules()):
                 vars(module).setdefault("_fast_path", getattr(module, flag))
                 setattr(module, flag, off)
 
