@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .layers import _check_model, _matrices, _Quantized, _weight_key, QuantEmbedding, QuantLinear
+from .layers import _check_model, _matrices, _matrix, _Quantized, _weight_key, QuantEmbedding, QuantLinear
 
 # %% ../nbs/04d_account.ipynb #layer-info
 @dataclass(frozen=True)
@@ -95,12 +95,26 @@ def _float_rows(model: nn.Module) -> dict[str, LayerInfo]:
     "Return the row of each owner of weight matrices that is float, with the reason."
     reasons, counted, rows = getattr(model, "_left_alone", {}), set(), {}
     for group in _matrices(model):
-        for layer in (layer for layer in group if layer.name not in rows):
+        for layer in (layer for layer in group if layer.name not in rows and "qat" not in vars(layer.module)):
             mine = {id(p): p for p in layer.module.parameters(recurse=False)}
             own, shape = [p for i, p in mine.items() if i not in counted], next(p.shape for p in mine.values() if p.dim() > 1)
             counted |= mine.keys()
             reason, owner = reasons.get(layer.name) or layer.reason or "not quantized", group[0].name if layer is not group[0] else None
             rows[layer.name] = _row(layer.name, type(layer.module).__name__, shape, own, tied_to=owner, reason=reason)
+    return rows
+
+# %% ../nbs/04d_account.ipynb #training-rows
+def _training_rows(model: nn.Module) -> dict[str, LayerInfo]:
+    "Return the row of each layer in quantization-aware training."
+    owners, counted, rows = {}, set(), {}
+    for name, m in ((name, m) for name, m in model.named_modules() if "qat" in vars(m)):
+        owner = owners.setdefault(_weight_key(m.weight), name)
+        own = [p for p in m._parameters.values() if p is not None and id(p) not in counted]
+        counted |= {id(p) for p in own}
+        static = "input_scale" in m._buffers or "input_log_scale" in m._parameters
+        kinds = {"type": "static" if static else "dynamic", "symmetric": m._buffers.get("input_zero_point") is None if static else None}
+        scheme = {key: getattr(m.qat, key) for key in ("bits", "group_size", "rounding")} | (kinds if m.qat.kind != "Embedding" else {})
+        rows[name] = _row(name, m.qat.kind, _matrix(m).shape, own, tied_to=None if owner == name else owner, **scheme)
     return rows
 
 # %% ../nbs/04d_account.ipynb #quantization-report
@@ -139,7 +153,7 @@ class QuantizationReport:
 @dataclass(frozen=True, repr=False)
 class QuantizationInfo:
     "The state of a model: quantized how, how large, layer by layer."
-    mode: str | None  # "ptq" or "qat"; None: nothing is quantized
+    mode: str | None  # "ptq" or "qat", also while it is trained; None: nothing is quantized
     bits: int | str | None  # of the linear layers' weights: 8, 4 or "mixed"; None: nothing is quantized
     type: str | None  # of the linear layers' activations: "dynamic", "static" or "mixed"; None: nothing is quantized
     layers: dict[str, LayerInfo]  # quantized layers by name
@@ -175,7 +189,7 @@ def get_quantization_info(
 ) -> QuantizationInfo:  # the account; a table in Jupyter
     "Say how a model is quantized, layer by layer, and what its weights take (buffers of its own are not counted)."
     _check_model(model := getattr(model, "_orig_mod", model), change=False)  # a compiled model is looked at through its wrapper
-    layers, parameters = _quantized_rows(model), list(model.parameters())
+    layers, parameters = _quantized_rows(model) | _training_rows(model), list(model.parameters())
     integer = [m for m in model.modules() if isinstance(m, _Quantized)]
     codes = {_weight_key(m.codes): math.prod(m.shape) for m in integer}
     buffers = {_weight_key(b): b for m in integer for b in m.buffers(recurse=False)}.values()
@@ -183,9 +197,9 @@ def get_quantization_info(
     bits = {row.bits for row in linear if not row.tied_to} or {row.bits for row in layers.values()}
     types = {row.type for row in linear} or {"dynamic"}
     return QuantizationInfo(
-        mode=integer[0].quantization_mode if integer else None,
+        mode=integer[0].quantization_mode if integer else "qat" if layers else None,
         bits=None if not bits else "mixed" if len(bits) > 1 else bits.pop(),
-        type=None if not integer else "mixed" if len(types) > 1 else types.pop(),
+        type=None if not layers else "mixed" if len(types) > 1 else types.pop(),
         layers=layers,
         left_alone=_float_rows(model),
         parameters=sum(codes.values()) + sum(p.numel() for p in parameters),

@@ -156,7 +156,7 @@ class QuantEmbedding(_Quantized):
 # %% ../nbs/04c_layers.ipynb #kind
 def _kind(module: nn.Module) -> str | None:
     "Return what an integer layer can stand in for, by name, or None."
-    if "qat" in vars(module):  # in quantization-aware training
+    if "qat" in getattr(module, "__dict__", ()):  # in quantization-aware training
         return module.qat.kind
     if type(module) in (nn.Linear, nn.Embedding):
         return type(module).__name__

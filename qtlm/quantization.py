@@ -360,6 +360,8 @@ def quantize_model_ptq(
     settings = _settings(config, overrides)
     if settings.mode != "ptq":
         raise QuantizationError(f"mode: found {settings.mode!r}; expected 'ptq'. Training with the rounding switched on is another verb's work.")
+    if (prepared := get_quantization_info(model)).mode and all("qat" in vars(model.get_submodule(name)) for name in prepared.layers):
+        raise QuantizationError("model: is in quantization-aware training; expected a float model. convert_qat(model) gives the integer model.")
     if done := next((name for name, module in model.named_modules() if isinstance(module, _Quantized)), None):
         raise QuantizationError(f"{done}: is quantized already; expected a float model. Quantize the original, or dequantize_model(model) first.")
     if any(getattr(hook, "func", None) is _observe for m in model.modules() for hook in m._forward_pre_hooks.values()):
@@ -408,7 +410,9 @@ def quantization_metadata(
         plain = _plain(row)
         layers[name] = {key: plain[key] for key in ("bits", "type", "group_size", "shape", "tied_to", "sqnr", "rounding", "symmetric")} | {
             "kind": row.kind.lower(), "bias": getattr(model.get_submodule(name), "bias", None) is not None}  # fmt: skip
-    return {"format_version": 1, "mode": info.mode, "layers": layers, "left_alone": {n: r.reason for n, r in info.left_alone.items()}}
+    in_training = [m for m in model.modules() if "qat" in vars(m)]
+    more = {"prepared": True, "learned_scales": any("log_scale" in m._parameters for m in in_training)} if in_training else {}
+    return {"format_version": 1, "mode": info.mode, "layers": layers, "left_alone": {n: r.reason for n, r in info.left_alone.items()}, **more}
 
 # %% ../nbs/05_quantization.ipynb #entry-fields
 _ENTRY: dict[str, tuple[Callable, str]] = {
@@ -478,6 +482,8 @@ def restore_quantization(
     "Replace the layers that `metadata` names by empty integer ones of the described shapes, ready for `load_state_dict`."
     _check_model(model)
     layers, new = _check_metadata(metadata), {}
+    if metadata.get("prepared"):
+        raise QuantizationError("quantization metadata: describe a model in quantization-aware training; expected an integer model. Use qtlm.qat.restore_qat.")
     modules = {name: _check_place(model, name, entry) for name, entry in layers.items()}
     _check_ties(model, layers)
     for name, entry in layers.items():
