@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from .config import LoRAConfig, ModelConfig, QuantizationConfig, TrainingConfig, ViTConfig
 from .data import Vocab, load_vocab
 from .model import TinyLM
+from .finetuning import trainable_tensors
+from .qat import restore_qat
 from .quantization import get_quantization_info, quantization_metadata, restore_quantization
 from qtlm.storage import (  # noqa: F401  the errors are offered here as well
     CheckpointBusyError,
@@ -134,7 +136,7 @@ def _metadata(model: nn.Module, step: int, config, vocab, metrics) -> dict:
 # %% ../nbs/08_checkpoint.ipynb #param-names
 def _param_names(model: nn.Module, optimizer) -> list[list[str]]:
     "Return the name of each tensor that `optimizer` steps, group by group (an empty one for a tensor that is not the model's)."
-    names = {id(t): name for name, t in reversed(_live(model).items())}  # of a tied tensor's names, the first
+    names = {id(t): name for name, t in (*trainable_tensors(model), *reversed(_live(model).items()))}  # of a tied tensor's names, the first
     return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
 
 # %% ../nbs/08_checkpoint.ipynb #gather
@@ -301,19 +303,22 @@ def _differing_layer(a: dict, b: dict) -> str:
 def _match_quantization(ckpt: Checkpoint, model: nn.Module) -> None:
     "Make the layers of a float `model` the integer ones that the checkpoint describes; raise if the two cannot fit."
     def mismatch(found, expected, hint): return CheckpointMismatchError(ckpt.path, found, expected, hint)
-    have, want = quantization_metadata(model)["layers"], (ckpt.quantization or {}).get("layers", {})
+    own, saved = quantization_metadata(model), ckpt.quantization or {}
+    have, want = own["layers"], saved.get("layers", {})
     if have and not want:
         hint = "Load into the float model, then quantize it."
         raise mismatch("full-precision weights", f"{len(have)} quantized layers, as the model has", hint)
+    def kind(d): return "integers" if not d.get("prepared") else "training with learnt scales" if d.get("learned_scales") else "training with rounding"
+    if have and kind(own) != kind(saved): raise mismatch(kind(saved), kind(own), "Give the float model.")
     if have and (name := _differing_layer(have, want)):
         raise mismatch(f"another quantization of {name}", "that of the model given", "Give the float model.")
     if want and not have:
-        try: restore_quantization(model, ckpt.quantization)
+        try: (restore_qat if saved.get("prepared") else restore_quantization)(model, saved)
         except Exception as e:
             raise mismatch(f"layers that the model given cannot have ({e})", "its own", "Give the model saved.") from None
     for name, t in ckpt._tensors.items():
         if name.rpartition(".")[0] in want and t.is_floating_point():
-            if not torch.isfinite(t).all() or (name.endswith("scale") and t.min() < 0):
+            if not torch.isfinite(t).all() or (name.rpartition(".")[2] in ("scale", "input_scale") and t.min() < 0):
                 raise CheckpointCorruptedError(ckpt.path, f"{name} holds NaN, infinity or a negative scale", "scales", file="model.pt")
 
 # %% ../nbs/08_checkpoint.ipynb #pairs

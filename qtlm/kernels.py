@@ -7,6 +7,9 @@ __all__ = ['KernelError', 'pack_int4', 'unpack_int4', 'quantize_rows', 'quantize
            'quantize_tensor', 'int8_linear', 'int4_linear']
 
 # %% ../nbs/04_kernels.ipynb #imports
+import weakref
+from collections import deque
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -231,28 +234,58 @@ def _product_in_place(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero
 
 # %% ../nbs/04_kernels.ipynb #product-in-blocks
 _BLOCK = 2**22  # int32 sums in a block: 16 MB, which the C library recycles instead of asking the system anew
+_LARGE = range(2**25, 2**28)  # bytes of a result that glibc does not recycle, and that may well be kept
+_left: deque[Tensor] = deque(maxlen=1)  # the memory that the last large result has left, if it was not taken since
 
 
+@torch.library.custom_op("qtlm::large_result", mutates_args=())  # a compiler calls it as it is
+def _large_result(rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    "Return memory for a result `[len(rows), columns]`: what an earlier one has left, if it fits."
+    size = rows.shape[0] * columns * dtype.itemsize
+    try:
+        memory = _left.pop()  # in one step: no other thread gets the same
+    except IndexError:
+        memory = None
+    if memory is None or memory.numel() != size:
+        memory = torch.empty(size, dtype=torch.uint8)
+    view = memory.numpy()  # held by the result's storage alone; when that goes, this goes
+    weakref.finalize(view, _left.append, memory).atexit = False
+    return torch.from_numpy(view).view(dtype).view(-1, columns)
+
+
+@_large_result.register_fake
+def _(rows, columns, dtype):
+    return rows.new_empty((rows.shape[0], columns), dtype=dtype)
+
+
+def _recycles(size: int, device: torch.device) -> bool:
+    "Tell whether a result of `size` bytes goes to memory of our own: for a compiler's code on the processor, as long as it stays here."
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and device.type == "cpu" and _LARGE.start <= size < _LARGE.stop
+
+# %% ../nbs/04_kernels.ipynb #product-blocks
 def _product_in_blocks(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     "Return the same as one expression a block, for a compiler to fuse."
     rows, blocks, columns = _shifted_rows(q, zero_point), [], max(1, w.shape[0])
     if rows.shape[0] * columns > _BLOCK and not q.is_cuda:
         columns = max(64, _BLOCK // rows.shape[0])
+    whole = _large_result(x_scale, w.shape[0], dtype) if _recycles(q.shape[0] * w.shape[0] * dtype.itemsize, q.device) else None
     for i in range(0, max(1, w.shape[0]), columns):
         sums = _int_mm(rows, w[i : i + columns])
         sums = sums if zero_point is None else sums[:-1] - sums[-1:]
         y = sums.float() * x_scale * scale[i : i + columns]
         blocks.append((y if bias is None else y + bias[i : i + columns]).to(dtype))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+        if whole is not None:
+            whole[:, i : i + columns] = blocks.pop()
+    return whole if whole is not None else blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
-# %% ../nbs/04_kernels.ipynb #round-activations
+# %% ../nbs/04_kernels.ipynb #forward
 def _round_activations(x: Tensor, input_scale: Tensor | None, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
     "Return int8 codes of tokens `[M, K]` and their scales `[M, 1]`, measured or given; NaN for a token that is not finite."
     if input_scale is None:
         return quantize_tokens(x)
     return quantize_tensor(x, input_scale, zero_point), torch.add(input_scale, x.abs().amax(-1, keepdim=True).float(), alpha=0)
 
-# %% ../nbs/04_kernels.ipynb #forward
+
 def _forward(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
     "Return x @ (w * scale).t() + bias, for int8 `w`, with x rounded to int8."
     q, x_scale = _round_activations(x.reshape(-1, x.shape[-1]), input_scale, zero_point)

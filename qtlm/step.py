@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .batches import _count_targets, _to_device, model_logits, seeded, shifts_labels, split_batch
 from .data import Batches, DataError
+from .finetuning import _trained_layers
 from .loss import compute_loss
 from .model import ModelInputError
 
@@ -93,11 +94,12 @@ def _not_finite(named: list[tuple[str, Tensor]]) -> str:
 
 # %% ../nbs/07a_step.ipynb #clip-gradients
 def clip_gradients_(
-    model: nn.Module,  # its gradients are scaled in place
+    model: nn.Module,  # its gradients are scaled in place, those of trained quantized layers with the others
     max_norm: float | None,  # largest total norm, > 0; None: no clipping
 ) -> float:  # the norm before clipping
     "Scale the gradients to a total norm of at most `max_norm`; raise `FloatingPointError` naming a tensor that is not finite."
-    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+    owned = [*model.named_parameters(), *((name, layer.stand_in) for name, layer in _trained_layers(model).items())]
+    named = [(name, p) for name, p in owned if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for _, p in named])
     if not torch.isfinite(norm):
         raise FloatingPointError(_not_finite(named))

@@ -24,11 +24,13 @@ from .batches import as_batches, is_batches, mean_loss, rng_state, seeded, set_r
 from .checkpoint import CheckpointError, CheckpointMismatchError, CheckpointWriteError, latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainingConfig
 from .data import Batches, DataError, Tokens, check_split
+from .finetuning import zero_gradients_
 from .history import Callback, EarlyStopping, History, Progress, Signals
 from .loss import bits_per_byte
-from .model import ModelInputError
+from .modes import check_trainable, make_trainable_, set_phase_
 from .optim import configure_optimizer
-from .quantization import QuantizationError, get_quantization_info
+from .qat import convert_qat
+from .quantization import _Quantized
 from .step import accumulate_gradients, clip_gradients_, learning_rate_factor, micro_batches, split_rows
 
 # %% ../nbs/09_trainer.ipynb #resolve-config
@@ -56,17 +58,6 @@ def _resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ConfigError(f"device: {name!r} is not available on this machine; expected 'auto', 'cpu' or a device it has.") from None
 
-# %% ../nbs/09_trainer.ipynb #check-trainable
-def _check_trainable(model: nn.Module, config: TrainingConfig) -> None:
-    "Refuse what this version cannot train, saying what to do instead."
-    if not isinstance(model, nn.Module):
-        raise ModelInputError(f"Trainer: model is {type(model).__name__}; expected an nn.Module.")
-    if get_quantization_info(model).bits is not None:
-        raise QuantizationError("Trainer: the model is quantized, its weights are codes; expected a float model. Use dequantize_model first.")
-    if config.quantization_mode == "qat" or config.enable_quantized_finetuning:
-        asked = "quantization_mode='qat'" if config.quantization_mode == "qat" else "enable_quantized_finetuning=True"
-        raise QuantizationError(f"Trainer: {asked} is not in this version; expected None or 'ptq'. Quantize with quantize_model_ptq after training.")
-
 # %% ../nbs/09_trainer.ipynb #check-callbacks
 def _check_callbacks(callbacks: Any) -> list[Callback]:
     "List the callbacks; raise `ConfigError` for what is none."
@@ -81,8 +72,9 @@ class NonFiniteLossError(RuntimeError):
 
 # %% ../nbs/09_trainer.ipynb #buffers-kept
 def _remember_buffers(model: nn.Module) -> list[tuple]:
-    "Copy the buffers that a forward pass may write: floats, and counters. Codes of frozen layers are none of these."
-    owned = ((module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items() if buffer is not None)
+    "Copy the buffers that a forward pass may write: floats, and counters. Those of integer layers are none of these."
+    modules = (module for module in model.modules() if not isinstance(module, _Quantized))
+    owned = ((module, name, buffer) for module in modules for name, buffer in module._buffers.items() if buffer is not None)
     return [(module, name, b, b.clone()) for module, name, b in owned if b.is_floating_point() or b.ndim == 0]
 
 # %% ../nbs/09_trainer.ipynb #put-back-buffers
@@ -97,16 +89,19 @@ def _gradients(trainer: "Trainer", micro_batches: list) -> tuple[float, int, flo
     "Run forward and backward; return loss, count of targets and gradient norm, or raise and leave the model as it was."
     config, model, buffers = trainer.config, trainer.model, _remember_buffers(trainer.model)
     settings = (trainer.device, config.dtype == "bf16", config.ignore_index, config.label_smoothing)
-    model.zero_grad(set_to_none=True)
+    zero_gradients_(model)
     try:
         with seeded(config.seed, trainer.step):
             loss, count = accumulate_gradients(trainer._forward, micro_batches, *settings)
         return loss, count, clip_gradients_(model, config.max_grad_norm)
     except BaseException as error:
-        model.zero_grad(set_to_none=True)
+        zero_gradients_(model)
         _put_back_(buffers)
         if isinstance(error, FloatingPointError):
-            where = f"step {trainer.step + 1}: {error} is not finite; expected a number. The weights are those of step {trainer.step}."
+            kept = f"The weights are those of step {trainer.step}."
+            if config.gradients_in_backward and str(error) != "loss":
+                kept = "Layers behind it have been stepped already: go on from a checkpoint."
+            where = f"step {trainer.step + 1}: {error} is not finite; expected a number. {kept}"
             raise NonFiniteLossError(f"{where} Lower learning_rate (now {config.learning_rate:g}) or look at the batch.") from None
         raise
 
@@ -116,13 +111,14 @@ def _training_step(trainer: "Trainer", micro_batches: list) -> float:
     start, config = time.perf_counter(), trainer.config
     if not trainer.model.training:
         trainer.model.train()
-    loss, count, grad_norm = _gradients(trainer, micro_batches)
+    set_phase_(trainer.model, config, trainer.step)
     shape = (config.lr_scheduler_type, config.max_steps, config.warmup_steps, config.min_lr_ratio, config.decay_ratio)
     rate = config.learning_rate * learning_rate_factor(trainer.step, *shape)
     for group in trainer.optimizer.param_groups:
         group["lr"] = rate
+    loss, count, grad_norm = _gradients(trainer, micro_batches)
     trainer.optimizer.step()
-    trainer.model.zero_grad(set_to_none=True)
+    zero_gradients_(trainer.model)
     trainer.step, trainer.tokens_seen = trainer.step + 1, trainer.tokens_seen + count
     _record(trainer, loss, rate, grad_norm, count / (time.perf_counter() - start))
     return loss
@@ -168,6 +164,7 @@ def _spread(batches: Any, limit: int | None) -> Any:
 def _evaluate(trainer: "Trainer", data: Any, stop: Any = None) -> dict:
     "Measure loss, perplexity and bits per byte on `data`."
     config, (batches, token_bytes) = trainer.config, _evaluation_batches(trainer, data)
+    set_phase_(trainer.model, config, trainer.step)
     bf16, batches = config.dtype == "bf16", _spread(batches, config.eval_batches)
     loss, _ = mean_loss(trainer.model, batches, trainer.device, bf16, config.ignore_index, config.eval_batches, stop)
     perplexity = math.exp(min(loss, 700.0))  # exp(710) is past float64
@@ -376,13 +373,15 @@ class Trainer:
         **overrides: Any,  # fields of `TrainingConfig`
     ):
         self.config = config = _resolve_config(config, overrides, model)
-        _check_trainable(model, config)
-        self.device = _resolve_device(config.device)
+        check_trainable(model, config)
+        callbacks, self.device = _check_callbacks(callbacks), _resolve_device(config.device)
         self.model, self.vocab = model.to(self.device), vocab
-        self.optimizer = configure_optimizer(model, config.learning_rate, config.weight_decay, config.betas, config.eps)
+        make_trainable_(model, config, train_data)
+        settings, more = (config.learning_rate, config.weight_decay, config.betas, config.eps), {"gradients_in_backward": config.gradients_in_backward}
+        self.optimizer = configure_optimizer(model, *settings, seed=config.seed, **more)
         self.train_data, self.eval_data, self.step, self.tokens_seen, self.history = train_data, eval_data, 0, 0, History()
         stopping = [EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold)] if config.early_stopping_patience else []
-        self.callbacks = [*stopping, *_check_callbacks(callbacks)]
+        self.callbacks = [*stopping, *callbacks]
         self._forward = torch.compile(model) if config.compile else model
         self._data_identity, self._stopped, self._failed_saves, self._saved_step, self._home, self._progress = None, False, 0, None, None, []
         if config.deterministic:
@@ -419,6 +418,10 @@ class Trainer:
     ) -> Path:  # the published step directory
         "Write a checkpoint from which this run can go on."
         return _save(self, self.run_dir if path is None else Path(path))
+
+    def convert_qat(self) -> nn.Module:  # a copy; `model` can be trained further
+        "Return the integer model that a run with `quantization_mode='qat'` has been computing with."
+        return convert_qat(self.model)
 
     def stop(self) -> None:
         "Make `train` end after the current step, as if it were the last."
