@@ -43,6 +43,10 @@ _HOME = {
     "dequantize_model": "quantization",
     "get_quantization_info": "account",
     "quantize_model_ptq": "quantization",
+    "convert_qat": "qat",
+    "fake_quantize": "qat",
+    "prepare_qat": "qat",
+    "QuantizedAdamW": "optim",
     "configure_optimizer": "optim",
     "Checkpoint": "checkpoint",
     "CheckpointError": "storage",
@@ -60,8 +64,8 @@ _HOME = {
     "evaluate": "evaluation",
 }
 _MODULES = (
-    "account", "batches", "budget", "calibration", "checkpoint", "cli", "config", "data", "evaluation", "generation", "history", "kernels", "layers",
-    "loss", "model", "observers", "optim", "plan", "quantization", "rounding", "step", "storage", "trainer",
+    "account", "batches", "budget", "calibration", "checkpoint", "cli", "config", "data", "evaluation", "finetuning", "generation", "history", "kernels",
+    "layers", "loss", "model", "modes", "observers", "optim", "plan", "qat", "quantization", "rounding", "step", "storage", "trainer",
 )  # fmt: skip
 __all__ = sorted(_HOME)
 
@@ -126,7 +130,11 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .loss import distillation_loss as distillation_loss
     from .model import ModelInputError as ModelInputError
     from .model import TinyLM as TinyLM
+    from .optim import QuantizedAdamW as QuantizedAdamW
     from .optim import configure_optimizer as configure_optimizer
+    from .qat import convert_qat as convert_qat
+    from .qat import fake_quantize as fake_quantize
+    from .qat import prepare_qat as prepare_qat
     from .quantization import dequantize_model as dequantize_model
     from .quantization import quantize_model_ptq as quantize_model_ptq
     from .storage import CheckpointError as CheckpointError

@@ -390,6 +390,30 @@ def test_one_graph_serves_any_number_of_tokens(monkeypatch):
         assert torch.equal(compiled(x), int4_linear(x, packed, s4, b4, 16))
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_large_results_take_the_place_of_those_that_nobody_holds(dynamic, monkeypatch):
+    "Compiled: the same bits, and a result that somebody still sees, if only a part of it, is never written over."
+    monkeypatch.setattr(kernels, "_LARGE", range(4 * 40 * 90, 2**28))
+    monkeypatch.setattr(kernels, "_BLOCK", 2048)
+    codes, scale = quantize_rows(torch.randn(90, 64))
+    given = {"input_scale": torch.tensor(0.02), "input_zero_point": torch.tensor(5, dtype=torch.int32)}
+    for how, dtype in (({}, torch.float32), (given, torch.float32), ({}, torch.bfloat16)):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, how=how: int8_linear(x, codes, scale, **how), fullgraph=True, dynamic=dynamic)
+        batches = [torch.randn(tokens, 64).to(dtype) for tokens in (80, 80, 80, 90, 30)]
+        results = [compiled(x) for x in batches]
+        part, at = results[0][3:5].t().clone(), results[0].data_ptr()
+        seen = results[0][3:5].t()
+        results[0] = None
+        again = compiled(batches[1])
+        assert again.data_ptr() != at and torch.equal(seen, part)
+        for x, y in zip(batches[1:], results[1:]):
+            assert torch.equal(y, int8_linear(x, codes, scale, **how))
+        del seen
+        assert compiled(batches[0]).data_ptr() == at
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("tokens", [1, 16, 17, 40])
 def test_cuda_gives_the_same_integers(tokens):
