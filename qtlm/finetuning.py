@@ -27,9 +27,15 @@ def _rounded(x: Tensor, input_scale: Tensor | None, zero_point: Tensor | None) -
     q, scale = _round_activations(x, input_scale, zero_point)
     return (q.float() if zero_point is None else q.float().sub_(zero_point)).mul_(scale)
 
+
+def _scale_gradient(grad: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:
+    "Return the gradient of the logarithm of each row's scale: a row's product grows as its scale does."
+    product = output.reshape(grad.shape).float()
+    return (grad.float() * (product if bias is None else product - bias.float())).sum(0)
+
 # %% ../nbs/06a_finetuning.ipynb #integer-linear
 class _IntegerLinear(torch.autograd.Function):
-    "The integer product, and the gradients of inputs, weights and bias as if rounding an input were the identity."
+    "The integer product, and the gradients of inputs, weights (or logarithms of scales) and bias as if rounding an input were the identity."
 
     @staticmethod
     def forward(x, stand_in, bias, codes, scale, group_scale, input_scale, zero_point):
@@ -38,17 +44,19 @@ class _IntegerLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, stand_in, bias, *buffers = inputs
-        ctx.save_for_backward(x, *buffers)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.scales, ctx.bias_dtype = stand_in.dim() == 1, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, *buffers, *((output, bias) if ctx.scales else ()))
 
     @staticmethod
     def backward(ctx, grad):
-        x, codes, scale, group_scale, *given = ctx.saved_tensors
+        (x, codes, scale, group_scale, *given), more = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         (needs_x, needs_weight, needs_bias), grad_x, grad_weight, grad_bias = ctx.needs_input_grad[:3], None, None, None
         rows = grad.reshape(-1, grad.shape[-1])
         if needs_x:
             grad_x = grad @ (_int8_weights(codes, group_scale, x.shape[-1]) * scale[:, None]).to(grad.dtype)
-        if needs_weight:
+        if needs_weight and ctx.scales:
+            grad_weight = _scale_gradient(rows, *more)
+        elif needs_weight:
             grad_weight = (rows.t() @ _rounded(x.reshape(-1, x.shape[-1]), *given).to(grad.dtype)).float()
         if needs_bias:
             grad_bias = rows.float().sum(0).to(ctx.bias_dtype)
@@ -86,12 +94,8 @@ class _TrainedLinear(_Trained, QuantLinear):
         x = _autocast(input)
         if not torch.is_grad_enabled():
             return super().forward(x)
-        if self.stand_in.dim() == 2:
-            given = (self.codes, self.scale, self.group_scale, self.input_scale, self.input_zero_point)
-            return _IntegerLinear.apply(x, self.stand_in, self.bias, *given)
-        y = super().forward(x)
-        product = y.detach() if self.bias is None else y.detach() - self.bias.detach()
-        return y + (product * self.stand_in).to(y.dtype)
+        given = (self.codes, self.scale, self.group_scale, self.input_scale, self.input_zero_point)
+        return _IntegerLinear.apply(x, self.stand_in, self.bias, *given)
 
 # %% ../nbs/06a_finetuning.ipynb #trained-embedding
 class _TrainedEmbedding(_Trained, QuantEmbedding):

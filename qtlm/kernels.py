@@ -232,9 +232,15 @@ def _product_in_place(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero
     y.copy_(sums).mul_(x_scale).mul_(scale)
     return (y if bias is None else y.add_(bias)).to(dtype)
 
-# %% ../nbs/04_kernels.ipynb #product-in-blocks
-_BLOCK = 2**22  # int32 sums in a block: 16 MB, which the C library recycles instead of asking the system anew
+# %% ../nbs/04_kernels.ipynb #large-results
 _LARGE = range(2**25, 2**28)  # bytes of a result that glibc does not recycle, and that may well be kept
+
+
+def _recycles(size: int, device: torch.device) -> bool:
+    "Tell whether a result of `size` bytes goes to memory of our own: for a compiler's code on the processor, as long as it stays here."
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and device.type == "cpu" and _LARGE.start <= size < _LARGE.stop
+
+# %% ../nbs/04_kernels.ipynb #large-result
 _left: deque[Tensor] = deque(maxlen=1)  # the memory that the last large result has left, if it was not taken since
 
 
@@ -257,12 +263,10 @@ def _large_result(rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 def _(rows, columns, dtype):
     return rows.new_empty((rows.shape[0], columns), dtype=dtype)
 
+# %% ../nbs/04_kernels.ipynb #product-in-blocks
+_BLOCK = 2**22  # int32 sums in a block: 16 MB, which the C library recycles instead of asking the system anew
 
-def _recycles(size: int, device: torch.device) -> bool:
-    "Tell whether a result of `size` bytes goes to memory of our own: for a compiler's code on the processor, as long as it stays here."
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and device.type == "cpu" and _LARGE.start <= size < _LARGE.stop
 
-# %% ../nbs/04_kernels.ipynb #product-blocks
 def _product_in_blocks(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     "Return the same as one expression a block, for a compiler to fuse."
     rows, blocks, columns = _shifted_rows(q, zero_point), [], max(1, w.shape[0])
@@ -278,14 +282,14 @@ def _product_in_blocks(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zer
             whole[:, i : i + columns] = blocks.pop()
     return whole if whole is not None else blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
-# %% ../nbs/04_kernels.ipynb #forward
+# %% ../nbs/04_kernels.ipynb #round-activations
 def _round_activations(x: Tensor, input_scale: Tensor | None, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
     "Return int8 codes of tokens `[M, K]` and their scales `[M, 1]`, measured or given; NaN for a token that is not finite."
     if input_scale is None:
         return quantize_tokens(x)
     return quantize_tensor(x, input_scale, zero_point), torch.add(input_scale, x.abs().amax(-1, keepdim=True).float(), alpha=0)
 
-
+# %% ../nbs/04_kernels.ipynb #forward
 def _forward(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
     "Return x @ (w * scale).t() + bias, for int8 `w`, with x rounded to int8."
     q, x_scale = _round_activations(x.reshape(-1, x.shape[-1]), input_scale, zero_point)
@@ -294,7 +298,7 @@ def _forward(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, input_sca
     product = _product_in_place if plain and not traced else _product_in_blocks
     return product(q, w, x_scale, scale, zero_point, bias, x.dtype).view(*x.shape[:-1], w.shape[0])
 
-# %% ../nbs/04_kernels.ipynb #int8-weights
+
 def _int8_weights(codes: Tensor, group_scale: Tensor | None, width: int) -> Tensor:
     "Return the int8 weights: the codes themselves, or what the 4-bit codes stand for."
     return codes if group_scale is None else expand_groups(codes, group_scale, width)

@@ -143,10 +143,13 @@ def _step_groups_(buffers: dict, direction: Tensor, rate: float, keep: float, di
     groups, byte = group_scale.shape[1], group_scale.to(torch.int32)
     g, zero = ((byte & 15) + 1).float(), (byte >> 4).float()
     u = unpack_int4(codes, direction.shape[1]).to(torch.float32).unflatten(1, (groups, -1))
+    born = scale == 1  # a row of zeros has this scale, which says nothing of the weights that it will have
+    if born.any():
+        born = born & direction.any(1) & (u == zero[..., None]).flatten(1).all(1)
     if keep != 1:
         u.mul_(keep).add_((zero * (1 - keep))[..., None])
     u.addcmul_(direction.unflatten(1, (groups, -1)), (rate / (g * scale[:, None]))[..., None], value=-1)
-    if (change := _regrid(u, g, zero, scale, direction, keep)) is not None:
+    if (change := _regrid(u, g, zero, scale, direction, keep, born)) is not None:
         group_scale.copy_(change[0])
         scale.copy_(change[1])
     whole = _whole(u.flatten(1), dither).view(torch.uint8)
@@ -164,18 +167,20 @@ def _crowded(u: Tensor, g: Tensor, zero: Tensor, direction: Tensor, keep: float)
     return low * g, high * g, (low < first) | (high > last), roomy
 
 
-def _regrid(u: Tensor, g: Tensor, zero: Tensor, scale: Tensor, direction: Tensor, keep: float) -> tuple[Tensor, Tensor] | None:
+def _regrid(u: Tensor, g: Tensor, zero: Tensor, scale: Tensor, direction: Tensor, keep: float, born: Tensor) -> tuple[Tensor, Tensor] | None:
     "Express groups that need another grid in it, in place; return group and row scales, or None where all may stay."
     low, high, over, roomy = _crowded(u, g, zero, direction, keep)
-    if not (change := over | roomy).any():
+    change, least, old, new_scale = over | roomy | born[:, None], torch.where(roomy & ~over, g / 2, g), g * scale[:, None], scale
+    if not change.any():
         return None
-    least, old, new_scale = torch.where(over, g, g / 2), g * scale[:, None], scale
     for _ in range(2):
         at = change.nonzero(as_tuple=True)
         new_g, new_zero, fits = _fitting_grid(low[at], high[at], least[at], zero[at])
+        fits &= ~born[at[0]]
         if fits.all():
             break
-        tall = torch.zeros_like(scale, dtype=torch.bool).index_put_((at[0][~fits],), torch.ones((), dtype=torch.bool, device=scale.device))
+        tall = torch.zeros_like(scale, dtype=torch.bool).index_fill_(0, at[0][~fits], True)
+        born = torch.zeros_like(tall)
         new_scale = torch.where(tall, _row_scale(torch.maximum(high.amax(1), -low.amin(1)) * scale * _HEADROOM, 112), scale)
         low, high = low * (scale / new_scale)[:, None], high * (scale / new_scale)[:, None]
         change, least = change | tall[:, None], torch.where(tall[:, None], 1.0, least)
@@ -203,7 +208,7 @@ def _step_weights_(layer: _Trained, grad: Tensor, state: dict, group: dict, gene
     rows, move = max(1, _CHUNK // grad.shape[1]), _step_rows_ if layer.bits == 8 else _step_groups_
     tensors = {name: value for name, value in state.items() if value.dim()}
     lr = group["lr"] or state["lr"].item()
-    before = state["lr"].item() / lr if lr else 1.0
+    before = min(1.0, 2 * state["lr"].item() / lr) if lr else 1.0
     state["lr"].fill_(lr)
     for i in range(0, len(grad), rows):
         part = {name: value[i : i + rows] for name, value in tensors.items()}
@@ -271,6 +276,33 @@ def _check_state(saved: dict, groups: list[dict]) -> None:
                 if key in ("exp_avg", "exp_avg_sq") and value.shape != p.shape:
                     refuse(f"{key} {list(value.shape)} for {name} {list(p.shape)}")
 
+# %% ../nbs/07_optim.ipynb #generators
+def _generator(generators: dict[str, torch.Generator], device: torch.device, seed: int) -> torch.Generator:
+    "Return the generator of a device; make it from the seed at its first use."
+    if str(device) not in generators:
+        generators[str(device)] = torch.Generator(device).manual_seed(seed)
+    return generators[str(device)]
+
+
+def _generator_states(generators: dict[str, torch.Generator]) -> dict[str, Tensor]:
+    "Return where each generator stands, as tensors."
+    return {device: generator.get_state() for device, generator in generators.items()}
+
+
+def _load_generators(states: dict[str, Tensor]) -> dict[str, torch.Generator]:
+    "Return generators that go on where those stood."
+    return {device: torch.Generator(device).set_state(state) for device, state in states.items()}
+
+# %% ../nbs/07_optim.ipynb #check-settings
+def _check_settings(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    "Raise unless these are numbers that AdamW can work with."
+    given = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+    for name, value in given.items():
+        if not 0 <= value < math.inf:
+            raise OptimizerError(f"{name}: found {value}; expected a number >= 0.")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise OptimizerError(f"betas: found {tuple(betas)}; expected two numbers in [0, 1).")
+
 # %% ../nbs/07_optim.ipynb #quantized-adamw
 class QuantizedAdamW(torch.optim.Optimizer):
     "AdamW for models with quantized layers: codes are stepped and rounded back stochastically, float parameters as `torch.optim.AdamW` does."
@@ -289,33 +321,35 @@ class QuantizedAdamW(torch.optim.Optimizer):
     ):
         groups = _parameter_groups(model, weight_decay)
         _check_steppable(model, groups)
+        _check_settings(lr, betas, eps, weight_decay)
         self._layers = {layer.stand_in: layer for layer in _trained_layers(model).values()}
         self._seed, self._generators, self._stepped = seed, {}, set()
         self.stochastic_rounding, self.gradients_in_backward = stochastic_rounding, gradients_in_backward
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-        for group in self.param_groups if gradients_in_backward else ():
-            for p, name in zip(group["params"], group["param_names"]):
-                p.register_post_accumulate_grad_hook(lambda p, group=group, name=name: self._step_in_backward(group, p, name))
+        self._watch()
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        if str(device) not in self._generators:
-            self._generators[str(device)] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[str(device)]
+    def _watch(self):
+        for _, p, _ in self._stepped_tensors() if self.gradients_in_backward else ():
+            p.register_post_accumulate_grad_hook(self._step_in_backward)
 
-    def _step_one(self, group: dict, p: Tensor) -> None:
+    def _stepped_tensors(self):
+        return [(group, p, name) for group in self.param_groups for p, name in zip(group["params"], group["param_names"])]
+
+    def _step_one(self, group, p):
         layer, state = self._layers.get(p), self.state[p]
         if not state:
             state.update(_new_state(p, layer is not None))
         if layer is None:
-            _step_float_(p, state, group)
-        else:
-            move = _step_weights_ if p.dim() == 2 else _step_scales_
-            move(layer, p.grad, state, group, self._generator(p.grad.device), self.stochastic_rounding)
+            return _step_float_(p, state, group)
+        generator = _generator(self._generators, p.grad.device, self._seed)
+        (_step_weights_ if p.dim() == 2 else _step_scales_)(layer, p.grad, state, group, generator, self.stochastic_rounding)
 
     @torch.no_grad()
-    def _step_in_backward(self, group: dict, p: Tensor, name: str) -> None:
+    def _step_in_backward(self, p):
+        group, _, name = next(found for found in self._stepped_tensors() if found[1] is p)
         if p in self._stepped:
-            raise OptimizerError(f"backward: {name} was stepped in this pass already; expected one backward pass a step. Call step() after each, or accumulate without gradients_in_backward.")
+            p.grad = None
+            raise OptimizerError(f"backward: {name} was stepped already; expected one backward pass a step. Call step() in between, or do without gradients_in_backward.")
         _check_gradient(name, p.grad)
         self._step_one(group, p)
         self._stepped.add(p)
@@ -329,7 +363,7 @@ class QuantizedAdamW(torch.optim.Optimizer):
         "Step every tensor that has a gradient; raise `FloatingPointError`, changing nothing, where one is not finite."
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        todo = [(g, p, n) for g in self.param_groups for p, n in zip(g["params"], g["param_names"]) if p.grad is not None]
+        todo = [(group, p, name) for group, p, name in self._stepped_tensors() if p.grad is not None]
         for _, p, name in todo:
             _check_gradient(name, p.grad)
         for group, p, _ in todo:
@@ -339,8 +373,7 @@ class QuantizedAdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         "Return moments, settings and random numbers as plain tensors and numbers."
-        generators = {device: generator.get_state() for device, generator in self._generators.items()}
-        return super().state_dict() | {"rounding": {"seed": self._seed, "generators": generators}}
+        return super().state_dict() | {"rounding": {"seed": self._seed, "generators": _generator_states(self._generators)}}
 
     def load_state_dict(
         self,
@@ -348,14 +381,23 @@ class QuantizedAdamW(torch.optim.Optimizer):
     ) -> None:
         "Take back what `state_dict` gave; raise `OptimizerError`, changing nothing, where it is another optimizer's."
         _check_state(state_dict, self.param_groups)
+        generators = _load_generators(state_dict["rounding"]["generators"])
         super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(indices, (p for group in self.param_groups for p in group["params"])):
+        for i, (_, p, _) in zip(indices, self._stepped_tensors()):
             for name, value in state_dict["state"].get(i, {}).items():  # torch has cast these to the parameter's dtype
-                self.state[p][name] = value.detach().clone().to("cpu" if name == "step" else p.device)
-        self._seed, self._generators = state_dict["rounding"]["seed"], {}
-        for device, state in state_dict["rounding"]["generators"].items():
-            self._generator(torch.device(device)).set_state(state)
+                self.state[p][name] = value.detach().clone().to(p.device)
+        self._seed, self._generators = state_dict["rounding"]["seed"], generators
+
+    def __getstate__(self):
+        own = {name: value for name, value in vars(self).items() if name in ("_layers", "_seed", "stochastic_rounding", "gradients_in_backward")}
+        return super().__getstate__() | own | {"_stepped": set(), "_generators": _generator_states(self._generators)}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if "_generators" in state:  # a copy, whose tensors nobody watches yet; not what `load_state_dict` passes on
+            self._generators = _load_generators(self._generators)
+            self._watch()
 
 # %% ../nbs/07_optim.ipynb #configure-optimizer
 def configure_optimizer(

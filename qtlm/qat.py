@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .calibration import _kept, _observe, Calibration
+from .calibration import _kept as _undisturbed
+from .calibration import _observe, Calibration
 from .config import QuantizationConfig, TrainingConfig
 from .kernels import _EXACT, _forward, _product_in_blocks, _product_in_place, _round_activations, _row_scale, expand_groups
-from .layers import _check_model, _close_fast_paths_, _integer_layer, _kind, _matrix, _Quantized, _weight_key, QuantizationError
+from .layers import _check_model, _close_fast_paths_, _empty_weights, _integer_layer, _kind, _matrix, _Quantized, _weight_key, QuantizationError
 from .observers import _grid
 from .plan import _plan, _settings, _Task
-from .quantization import _check_metadata, _check_place, _check_ties, _seen, _sqnr, _swap
-from .rounding import _buffers, _Grid, _group_grid, _nearest, _row_grid, float_weights, round_weights
+from .quantization import _check_metadata, _check_place, _check_ties, _seen, _sqnr, _swap, quantize_model_ptq
+from .rounding import _buffers, _Grid, _group_grid, _nearest, _row_grid, _weights, float_weights, round_weights
 
 # %% ../nbs/06_qat.ipynb #straight
 class _Straight(torch.autograd.Function):
@@ -127,35 +128,46 @@ class _State:
     observing: bool = True
 
 # %% ../nbs/06_qat.ipynb #learned-grid
-def _learned_grid(log_scale: Tensor, group_scale: Tensor | None) -> _Grid:
-    "Return the grid whose row scales are learnt; `group_scale`: of 4-bit weights, fixed."
-    scale = _row_scale(log_scale.detach().exp(), 1)
-    if group_scale is None:
-        return _row_grid(scale)
-    return _group_grid(scale, ((group_scale & 15) + 1).float(), (group_scale >> 4).float())
+@dataclass
+class _Kept:
+    "A grid that does not follow the weights."
+    scale: Tensor  # float32 `[rows]`
+    group_scale: Tensor | None  # uint8 `[rows, groups]`, of 4-bit weights: fixed
+    log_scale: Tensor | None  # float32 `[rows]`, learnt: the logarithm of what `scale` is multiplied by
+
+    def grid(self) -> _Grid:
+        "Return it as the roundings take it, row scales with the short mantissas that products need."
+        scale = self.scale if self.log_scale is None else _row_scale(self.scale * self.log_scale.detach().exp(), 1)
+        if self.group_scale is None:
+            return _row_grid(scale)
+        return _group_grid(scale, ((self.group_scale & 15) + 1).float(), (self.group_scale >> 4).float())
+
+    def of(self, rows: Tensor) -> "_Kept":
+        "Return the grid of single rows, by their numbers."
+        return _Kept(*(None if t is None else t[rows] for t in vars(self).values()))
 
 # %% ../nbs/06_qat.ipynb #weight-buffers
-def _weight_buffers(w: Tensor, state: _State, log_scale: Tensor | None = None, group_scale: Tensor | None = None) -> dict[str, Tensor]:
+def _weight_buffers(w: Tensor, state: _State, kept: _Kept | None = None) -> dict[str, Tensor]:
     "Return codes and scales of weights `[out, in]`, as an integer layer keeps them."
-    if log_scale is None:
+    if kept is None:
         return round_weights(w, state.bits, state.group_size, state.rounding)
-    grid = _learned_grid(log_scale, group_scale)
+    grid = kept.grid()
     return _buffers(_nearest(w.float(), grid), grid, state.bits)
 
 # %% ../nbs/06_qat.ipynb #int8-form
-def _int8_form(w: Tensor, state: _State, log_scale: Tensor | None = None, group_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _int8_form(w: Tensor, state: _State, kept: _Kept | None = None) -> tuple[Tensor, Tensor]:
     "Return the same as int8 `[out, in]`, which is what is multiplied, and the scales."
-    if log_scale is not None:
-        grid = _learned_grid(log_scale, group_scale)
+    if kept is not None:
+        grid = kept.grid()
         return (_nearest(w.float(), grid) * grid.g[..., None]).flatten(1).to(torch.int8), grid.scale
     codes, scale, *group_scale = round_weights(w, state.bits, state.group_size, state.rounding).values()
     return expand_groups(codes, *group_scale, w.shape[1]) if group_scale else codes, scale
 
 # %% ../nbs/06_qat.ipynb #learned-edge
-def _learned_edge(w: Tensor, state: _State, log_scale: Tensor, group_scale: Tensor | None) -> Tensor:
-    "Return `w` itself, with a gradient that reaches it only inside its grid, and reaches the scales."
-    grid = _learned_grid(log_scale, group_scale)
-    scale = log_scale.exp()[:, None, None]
+def _kept_edge(w: Tensor, state: _State, kept: _Kept) -> Tensor:
+    "Return `w` itself, with a gradient that reaches it only inside its grid, and reaches the scales where they are learnt."
+    grid = kept.grid()
+    scale = (kept.scale if kept.log_scale is None else kept.scale * kept.log_scale.exp())[:, None, None]
     edge = _Step.apply(w.unflatten(1, (grid.g.shape[1], -1)), scale, *(t[..., None] for t in (grid.g, grid.first, grid.last)), 2 ** (state.bits - 1) - 1)
     return edge.flatten(1)
 
@@ -199,14 +211,14 @@ class _FakeQuantized(nn.Module):
         return self.weight.t() if self.qat.kind == "Conv1D" else self.weight
 
     @property
-    def learned(self) -> tuple:
-        "The parameter and buffer of learnt scales; empty where scales follow the weights."
-        return (self.log_scale, self.group_scale) if "log_scale" in self._parameters else ()
+    def kept(self) -> _Kept | None:
+        "The grid that is kept; None where it follows the weights."
+        return _Kept(self.scale, self.group_scale, self._parameters.get("log_scale")) if "scale" in self._buffers else None
 
     def weight_buffers(self) -> dict[str, Tensor]:
         "Return codes and scales, as the integer layer will keep them."
         with torch.no_grad():
-            return _weight_buffers(self.rows.detach(), self.qat, *self.learned)
+            return _weight_buffers(self.rows.detach(), self.qat, self.kept)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, bits={self.qat.bits}, fake_quant={self.qat.fake_quant}"
@@ -217,7 +229,8 @@ class _FakeQuantLinear(_FakeQuantized, nn.Linear):
 
     def input_grid(self) -> tuple[Tensor | None, Tensor | None]:
         "Return scale and zero point of static activations; None and None: each token has its own."
-        scale = self.input_log_scale.exp() if "input_log_scale" in self._parameters else self._buffers.get("input_scale")
+        scale = self._buffers.get("input_scale")
+        scale = scale * self.input_log_scale.exp() if "input_log_scale" in self._parameters else scale
         return scale, self._buffers.get("input_zero_point")
 
     def forward(self, input):
@@ -229,7 +242,7 @@ class _FakeQuantLinear(_FakeQuantized, nn.Linear):
         if self.training and self.qat.observing and "input_extremes" in self._buffers:
             _follow_(self._buffers, x.detach())
         with torch.no_grad():
-            codes, scale = _int8_form(w.detach(), self.qat, *self.learned)
+            codes, scale = _int8_form(w.detach(), self.qat, self.kept)
         input_scale, zero_point = self.input_grid()
         if not torch.is_grad_enabled():
             return _forward(x, codes, scale, self.bias, input_scale, zero_point)
@@ -238,7 +251,7 @@ class _FakeQuantLinear(_FakeQuantized, nn.Linear):
         if fixed is not None:
             first = torch.tensor(-128.0, device=x.device) - (0 if zero_point is None else zero_point)
             x = _Step.apply(x, input_scale, torch.ones_like(fixed), first, first + 255, 127)
-        w = _learned_edge(w, self.qat, *self.learned) if self.learned else w
+        w = w if self.kept is None else _kept_edge(w, self.qat, self.kept)
         return _Product.apply(x, w, self.bias, q, x_scale, zero_point, codes, scale)
 
 # %% ../nbs/06_qat.ipynb #qat-embedding
@@ -250,52 +263,60 @@ class _FakeQuantEmbedding(_FakeQuantized, nn.Embedding):
         if not self.qat.fake_quant:
             return rows
         edge, few = rows.reshape(-1, self.embedding_dim), input.numel() < self.num_embeddings
-        learned = [None if t is None else F.embedding(input.reshape(-1), t[:, None] if t.dim() == 1 else t) for t in self.learned]
-        learned = [t if t is None or t.dtype == torch.uint8 else t[:, 0] for t in learned]
+        kept = None if self.kept is None else self.kept.of(input.reshape(-1))
         with torch.no_grad():
-            codes, scale = _int8_form(edge.detach(), self.qat, *learned) if few else _int8_form(self.weight.detach(), self.qat, *self.learned)
+            codes, scale = _int8_form(edge.detach(), self.qat, kept) if few else _int8_form(self.weight.detach(), self.qat, self.kept)
             value = codes * scale[:, None]
             value = value.view_as(rows) if few else F.embedding(input, value)
         if not torch.is_grad_enabled():
             return value.to(rows.dtype)
-        edge = _learned_edge(edge, self.qat, *learned) if learned else edge
+        edge = edge if kept is None else _kept_edge(edge, self.qat, kept)
         return _Straight.apply(edge.view_as(rows), value.to(rows.dtype))
 
 # %% ../nbs/06_qat.ipynb #turn
-def _turn_(module: nn.Module, state: _State, ranges: dict[str, Tensor], learned: tuple | None) -> None:
+def _turn_(module: nn.Module, state: _State, ranges: dict[str, Tensor], kept: _Kept | None) -> None:
     "Make a float layer round as it is trained."
     (rows, width), device = _matrix(module).shape, module.weight.device
     module.__class__ = _FakeQuantEmbedding if state.kind == "Embedding" else _FakeQuantLinear
     module.qat = state
     if state.kind == "Conv1D":
         module.in_features, module.out_features = width, rows
-    if learned:
-        module.register_parameter("log_scale", learned[0])
-        module.register_buffer("group_scale", learned[1])
-        if "input_scale" in ranges:
-            module.register_parameter("input_log_scale", nn.Parameter(ranges["input_scale"].log().to(device)))
-            ranges = {name: value for name, value in ranges.items() if name == "input_zero_point"}
+    if kept is not None:
+        module.register_buffer("scale", kept.scale)
+        module.register_buffer("group_scale", kept.group_scale)
+        if kept.log_scale is not None:
+            module.register_parameter("log_scale", kept.log_scale)
+            if ranges:
+                module.register_parameter("input_log_scale", nn.Parameter(torch.zeros((), device=device)))
+                ranges = {name: value for name, value in ranges.items() if name in ("input_scale", "input_zero_point")}
     for name, value in ranges.items():
         module.register_buffer(name, value.to(device))
 
 # %% ../nbs/06_qat.ipynb #turn-task
-def _scheme(task: _Task) -> str:
-    "Return how a task's weight is rounded: to the nearest code, unless something else was asked for."
-    if (asked := task.config.rounding) == "gptq":
-        raise QuantizationError(f"{task.owners[0].name}: rounding 'gptq' looks at data once, and weights in training move; expected nearest, mse or hqq.")
-    return asked or "nearest"
+def _follows(task: _Task) -> bool:
+    "Tell whether the grid of a weight follows it: that of round-to-nearest, which is also what nobody asking means."
+    return task.config.rounding in (None, "nearest")
 
 
-def _turn_task_(task: _Task, seen: Calibration | None, learns: bool) -> None:
-    "Turn the layers of one weight; what is learnt of it they share, ranges each has for itself."
-    weight, learned = _matrix(task.owners[0].module), None
-    if learns:
-        start = round_weights(weight.detach(), task.bits, task.group_size, "nearest" if task.bits == 8 else "mse")
-        learned = nn.Parameter(start["scale"].log()), start.get("group_scale")
+def _move_to_(w: Tensor, codes: Tensor, grid: _Grid) -> None:
+    "Move weights `[rows, in]` that would not round to the `codes`, floats on the grid, until they do."
+    step = (grid.g * grid.scale[:, None]).repeat_interleave(w.shape[1] // grid.g.shape[1], 1)
+    elsewhere = _weights(_nearest(w.float(), grid), grid) != codes
+    w.copy_(torch.where(elsewhere, torch.minimum(torch.maximum(w.float(), codes - 0.45 * step), codes + 0.45 * step), w.float()))
+
+
+def _turn_task_(task: _Task, seen: Calibration | None, learns: bool, start: nn.Module | None) -> None:
+    "Turn the layers of one weight; what is kept of it they share, ranges each has for itself. `start`: the model, rounded after training."
+    weight, kept, rounding = _matrix(task.owners[0].module).detach(), None, "nearest"
+    if start is not None and (learns or not _follows(task)):
+        rounded, rounding = start.get_submodule(task.owners[0].name), task.rounding
+        kept = _Kept(rounded.scale, rounded.group_scale, nn.Parameter(torch.zeros_like(rounded.scale)) if learns else None)
+        if rounding == "gptq":
+            _move_to_(weight, rounded.dequantize(), kept.grid())
     for layer in task.owners:
         static = task.config.type == "static" and layer in task.linear
         ranges = _range_buffers(seen.layers[layer.name].observer) if static else {}
-        _turn_(layer.module, _State(task.bits, task.group_size, _scheme(task), _kind(layer.module)), ranges, learned)
+        _turn_(layer.module, _State(task.bits, task.group_size, rounding, _kind(layer.module)), ranges, kept)
 
 # %% ../nbs/06_qat.ipynb #check-qat
 def _check_float(model: nn.Module) -> None:
@@ -331,12 +352,14 @@ def prepare_qat(
     _check_float(model)
     target = model if inplace else _copied(model)
     tasks, left_alone = _plan(target, settings)
-    for task in tasks:
-        _scheme(task)
-    with torch.inference_mode(False), _kept(target):
-        seen = _seen(target, tasks, settings, calibration_data)[0]
+    data = list(calibration_data) if isinstance(calibration_data, Iterator) else calibration_data
+    with torch.inference_mode(False), torch.no_grad():
+        with _undisturbed(target):
+            seen = _seen(target, tasks, settings, data, hessians=False)[0]
+        keeps = settings.learned_scales or not all(map(_follows, tasks))
+        start = quantize_model_ptq(model, settings.replace(mode="ptq"), data) if keeps else None
         for task in tasks:
-            _turn_task_(task, seen, settings.learned_scales)
+            _turn_task_(task, seen, settings.learned_scales, start)
     _close_fast_paths_(target)
     target._left_alone = left_alone
     return target
@@ -388,17 +411,17 @@ def restore_qat(
 ) -> nn.Module:  # `model` itself
     "Turn the layers that `metadata` names as `prepare_qat` had turned them; ranges and learnt scales come with `load_state_dict`."
     _check_model(model)
-    layers, learned = _check_metadata(metadata), {}
+    layers, kept = _check_metadata(metadata), {}
     modules = {name: _check_place(model, name, entry) for name, entry in layers.items()}
     _check_ties(model, layers)
     for name, entry in layers.items():
-        module, (rows, width), size = modules[name], entry["shape"], entry["group_size"]
-        if metadata.get("learned_scales") and (key := _weight_key(module.weight)) not in learned:
-            groups = None if size is None else torch.zeros(rows, 1 if size == -1 else width // size, dtype=torch.uint8, device=module.weight.device)
-            learned[key] = nn.Parameter(torch.zeros(rows, device=module.weight.device)), groups
-        state = _State(entry["bits"], size, entry["rounding"] or "nearest", _kind(module))
+        module, key, learned = modules[name], _weight_key(modules[name].weight), metadata.get("learned_scales")
+        if key not in kept:
+            empty = _empty_weights(entry["shape"], entry["bits"], entry["group_size"], module.weight.device)
+            keeps = learned or entry["rounding"] not in (None, "nearest")
+            kept[key] = _Kept(empty["scale"], empty.get("group_scale"), nn.Parameter(torch.zeros_like(empty["scale"])) if learned else None) if keeps else None
         ranges = {} if entry["symmetric"] is None else _empty_ranges(entry["symmetric"])
-        _turn_(module, state, ranges, learned.get(_weight_key(module.weight)))
+        _turn_(module, _State(entry["bits"], entry["group_size"], entry["rounding"] or "nearest", _kind(module)), ranges, kept[key])
     _close_fast_paths_(model)
     model._left_alone = {str(name): str(reason) for name, reason in metadata["left_alone"].items()}
     return model

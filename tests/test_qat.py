@@ -78,11 +78,37 @@ def test_prepare_is_convert(kind, scheme):
             if "qat" in vars(layer):
                 for key, value in layer.weight_buffers().items():
                     assert torch.equal(value, getattr(converted.get_submodule(name), key)), (name, key)
-        if not trained and not scheme["learned_scales"]:
+        if not trained:
             fields = {name: value for name, value in scheme.items() if name != "learned_scales"}
-            afterwards = quantize_model_ptq(model, calibration_data=data, rounding="nearest", **fields)
+            rounding = {} if scheme["learned_scales"] else {"rounding": "nearest"}  # learnt scales begin with those of the best grid
+            afterwards = quantize_model_ptq(model, calibration_data=data, **rounding, **fields)
             assert same(converted.state_dict(), afterwards.state_dict())
     assert get_quantization_info(converted).mode == "qat"
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("rounding", ["mse", "hqq", "gptq"])
+def test_it_begins_where_rounding_after_training_ends(rounding, learned):
+    "On a grid that is kept: the codes of quantize_model_ptq before training, codes on the same groups after it."
+    model, data = lm(), [IDS]
+    prepared = prepare_qat(model, calibration_data=data, bits=4, rounding=rounding, learned_scales=learned).eval()
+    afterwards = quantize_model_ptq(model, calibration_data=data, bits=4, rounding=rounding)
+    assert same(convert_qat(prepared).state_dict(), afterwards.state_dict())
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, prepared.get_parameter(name))]
+    assert bool(moved) == (rounding == "gptq") and lm().state_dict().keys() == model.state_dict().keys() and same(lm().state_dict(), model.state_dict())
+    step(prepared.train(), IDS, times=20)
+    converted = convert_qat(prepared.eval())
+    name = "model.layers.0.mlp.up_proj"
+    same_scale = torch.equal(converted.get_submodule(name).scale, afterwards.get_submodule(name).scale)
+    assert torch.equal(converted.get_submodule(name).group_scale, afterwards.get_submodule(name).group_scale) and same_scale != learned
+    assert not torch.equal(converted.get_submodule(name).codes, afterwards.get_submodule(name).codes)
+    assert get_quantization_info(converted).layers[name].rounding == rounding
+    with torch.no_grad():
+        assert torch.equal(prepared(IDS), converted(IDS))
+    again = restore_qat(lm(), json.loads(json.dumps(quantization_metadata(prepared))))
+    again.load_state_dict(prepared.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again.eval()(IDS), prepared(IDS))
 
 
 @pytest.mark.parametrize("scheme", [dict(bits=8), dict(bits=4), dict(bits=4, type="static")], ids=str)
@@ -246,7 +272,7 @@ def test_skips_and_overrides():
 @pytest.mark.parametrize("fields, error, match", [
     (dict(bits=3), ConfigError, "bits"),
     (dict(type="static"), QuantizationError, "calibration_data: found None"),
-    (dict(bits=4, rounding="gptq"), QuantizationError, "rounding 'gptq'"),
+    (dict(bits=4, rounding="gptq"), QuantizationError, "calibration_data: found None with rounding='gptq'"),
     (dict(bits=4, group_size=7), QuantizationError, "does not divide"),
     (dict(skip_modules=["nothing"]), QuantizationError, "matches no module"),
 ])  # fmt: skip
