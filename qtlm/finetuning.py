@@ -163,6 +163,12 @@ def trainable_tensors(
     return parameters + [(name, layer.stand_in) for name, layer in _trained_layers(model).items()]
 
 # %% ../nbs/06a_finetuning.ipynb #zero-gradients
+def _with_gradients(model: nn.Module) -> list[tuple[str, Tensor]]:
+    "List what has a gradient now, parameters and stand-ins, with names."
+    stand_ins = [(name, layer.stand_in) for name, layer in _trained_layers(model).items()]
+    return [(name, t) for name, t in [*model.named_parameters(), *stand_ins] if t.grad is not None]
+
+
 def zero_gradients_(
     model: nn.Module,  # its `.grad`s become None
 ) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .calibration import _kept as _undisturbed
 from .calibration import _observe, Calibration
 from .config import QuantizationConfig, TrainingConfig
-from .kernels import _EXACT, _forward, _product_in_blocks, _product_in_place, _round_activations, _row_scale, expand_groups
+from .kernels import _EXACT, _forward, _product_in_blocks, _product_in_place, _round_activations, _row_scale
 from .layers import _check_model, _close_fast_paths_, _empty_weights, _integer_layer, _kind, _matrix, _Quantized, _weight_key, QuantizationError
 from .observers import _grid
 from .plan import _plan, _settings, _Task
@@ -69,12 +69,12 @@ class _Step(torch.autograd.Function):
     def backward(ctx, grad):
         x, scale, g, first, last = ctx.saved_tensors
         u = x.detach().float() / (scale * g)
-        k = torch.minimum(torch.maximum(u.round(), first), last)
-        inside = (first <= u) & (u <= last)
-        grad_scale = None
+        held = torch.minimum(torch.maximum(u, first), last)
+        inside, grad_scale = held == u, None
         if ctx.needs_input_grad[1]:
             share = 1 / math.sqrt(x.numel() / scale.numel() * ctx.top)
-            grad_scale = (grad.float() * g * torch.where(inside, k - u, k)).sum_to_size(scale.shape) * share
+            moved = held.round_().sub_(u.mul_(inside))  # round(u) - u inside, the end of the grid outside
+            grad_scale = moved.mul_(grad).mul_(g).sum_to_size(scale.shape).mul_(share)
         return (grad * inside).to(x.dtype), grad_scale, None, None, None, None
 
 # %% ../nbs/06_qat.ipynb #multiply
@@ -154,14 +154,40 @@ def _weight_buffers(w: Tensor, state: _State, kept: _Kept | None = None) -> dict
     grid = kept.grid()
     return _buffers(_nearest(w.float(), grid), grid, state.bits)
 
+# %% ../nbs/06_qat.ipynb #nearest-int8
+def _nearest_rows(w: Tensor) -> tuple[Tensor, Tensor]:
+    "Return codes and scales of rows, as `quantize_rows` does."
+    scale = _row_scale(torch.maximum(w.amax(1), -w.amin(1)), 127)
+    return torch.div(w, scale[:, None]).round_().to(torch.int8), scale
+
+
+def _nearest_groups(w: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    "Return int8 weights and row scales, as `quantize_groups` and `expand_groups` do."
+    groups = w.unflatten(1, (-1, size))
+    low, high = groups.amin(2), groups.amax(2)
+    top, low, high = torch.maximum(high.amax(1), -low.amin(1)), low.clamp_max(0), high.clamp_min(0)
+    scale = _row_scale(torch.maximum(top / 127, high.amax(1) / 240 - low.amin(1) / 240), 1)
+    low, high = low / scale[:, None], high / scale[:, None]
+    g = ((high - low) / 15).ceil().clamp(1, 16)
+    grid = _group_grid(scale, g, (7.5 - (low + high) / (2 * g)).round_().clamp_(0, 15))
+    return _nearest(w, grid).mul_(g[..., None]).flatten(1).to(torch.int8), scale
+
+
+def _nearest_int8(w: Tensor, state: _State) -> tuple[Tensor, Tensor]:
+    "Return int8 weights and row scales of round-to-nearest, on grids that cover the weights."
+    size = w.shape[1] if state.group_size == -1 else state.group_size
+    rows = len(w) if torch.compiler.is_compiling() else max(1, 2**18 // w.shape[1])
+    parts = [_nearest_rows(part.float()) if state.bits == 8 else _nearest_groups(part.float(), size) for part in w.split(rows)]
+    codes, scale = zip(*parts)
+    return (codes[0], scale[0]) if len(parts) == 1 else (torch.cat(codes), torch.cat(scale))
+
 # %% ../nbs/06_qat.ipynb #int8-form
 def _int8_form(w: Tensor, state: _State, kept: _Kept | None = None) -> tuple[Tensor, Tensor]:
     "Return the same as int8 `[out, in]`, which is what is multiplied, and the scales."
     if kept is not None:
         grid = kept.grid()
         return (_nearest(w.float(), grid) * grid.g[..., None]).flatten(1).to(torch.int8), grid.scale
-    codes, scale, *group_scale = round_weights(w, state.bits, state.group_size, state.rounding).values()
-    return expand_groups(codes, *group_scale, w.shape[1]) if group_scale else codes, scale
+    return _nearest_int8(w, state)
 
 # %% ../nbs/06_qat.ipynb #learned-edge
 def _kept_edge(w: Tensor, state: _State, kept: _Kept) -> Tensor:
@@ -295,7 +321,7 @@ def _turn_(module: nn.Module, state: _State, ranges: dict[str, Tensor], kept: _K
 # %% ../nbs/06_qat.ipynb #turn-task
 def _follows(task: _Task) -> bool:
     "Tell whether the grid of a weight follows it: that of round-to-nearest, which is also what nobody asking means."
-    return task.config.rounding in (None, "nearest")
+    return task.config.rounding is None or task.rounding == "nearest"
 
 
 def _move_to_(w: Tensor, codes: Tensor, grid: _Grid) -> None:

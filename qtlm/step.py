@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .batches import _count_targets, _to_device, model_logits, seeded, shifts_labels, split_batch
 from .data import Batches, DataError
-from .finetuning import _trained_layers
+from .finetuning import _with_gradients
 from .loss import compute_loss
 from .model import ModelInputError
 
@@ -98,8 +98,7 @@ def clip_gradients_(
     max_norm: float | None,  # largest total norm, > 0; None: no clipping
 ) -> float:  # the norm before clipping
     "Scale the gradients to a total norm of at most `max_norm`; raise `FloatingPointError` naming a tensor that is not finite."
-    owned = [*model.named_parameters(), *((name, layer.stand_in) for name, layer in _trained_layers(model).items())]
-    named = [(name, p) for name, p in owned if p.grad is not None]
+    named = _with_gradients(model)
     norm = torch.nn.utils.get_total_norm([p.grad for _, p in named])
     if not torch.isfinite(norm):
         raise FloatingPointError(_not_finite(named))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qtlm.finetuning import disable_finetuning_, enable_finetuning_, trainable_tensors, zero_gradients_
-from qtlm.kernels import quantize_rows, unpack_int4
+from qtlm.kernels import unpack_int4
 from qtlm.model import TinyLM
 from qtlm.optim import OptimizerError, QuantizedAdamW, configure_optimizer
 from qtlm.quantization import quantize_model_ptq
