@@ -789,6 +789,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'qtlm.step._endless': ('step.html#_endless', 'qtlm/step.py'),
                            'qtlm.step._fall': ('step.html#_fall', 'qtlm/step.py'),
                            'qtlm.step._not_finite': ('step.html#_not_finite', 'qtlm/step.py'),
+                           'qtlm.step._taught': ('step.html#_taught', 'qtlm/step.py'),
                            'qtlm.step.accumulate_gradients': ('step.html#accumulate_gradients', 'qtlm/step.py'),
                            'qtlm.step.clip_gradients_': ('step.html#clip_gradients_', 'qtlm/step.py'),
                            'qtlm.step.learning_rate_factor': ('step.html#learning_rate_factor', 'qtlm/step.py'),

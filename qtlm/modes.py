@@ -32,10 +32,14 @@ def _state_of(model: nn.Module) -> str:
 def check_trainable(
     model: nn.Module,  # what is to be trained
     config: TrainingConfig,  # how: its quantization_mode and enable_quantized_finetuning
+    teacher: nn.Module | None = None,  # whose probabilities its distillation_weight asks for
 ) -> None:
-    "Raise `QuantizationError` where a model is not of the kind that the configuration trains."
+    "Raise `QuantizationError` where a model is not of the kind that the configuration trains, `ModelInputError` where a teacher is missing."
     if not isinstance(model, nn.Module):
         raise ModelInputError(f"Trainer: model is {type(model).__name__}; expected an nn.Module.")
+    if config.distillation_weight and (not isinstance(teacher, nn.Module) or teacher is model):
+        found = "the model itself" if teacher is model else type(teacher).__name__
+        raise ModelInputError(f"Trainer: distillation_weight is {config.distillation_weight} and teacher {found}; expected another nn.Module. Pass teacher=copy.deepcopy(model).")
     state, asked = _state_of(model), config.enable_quantized_finetuning
     if asked and config.quantization_mode == "qat":
         raise QuantizationError("Trainer: found enable_quantized_finetuning with quantization_mode='qat'; expected one of them: codes are trained, or floats that become codes.")
@@ -57,12 +61,11 @@ def _first_batches(data: Any, config: TrainingConfig, number: int = 16) -> list:
 
 # %% ../nbs/08b_modes.ipynb #make-trainable
 def make_trainable_(
-    model: nn.Module,  # turned in place
+    model: nn.Module,  # turned in place; `check_trainable` has nothing against it
     config: TrainingConfig,  # what for
     train_data: Any = None,  # calibrates static ranges where they are trained
 ) -> None:
     "Turn `model` into what the configuration trains: its layers prepared, or its codes enabled; a float run changes nothing."
-    check_trainable(model, config)
     if config.enable_quantized_finetuning:
         enable_finetuning_(model, config.quantized_finetuning)
     elif config.quantization_mode == "qat" and _state_of(model) != "prepared":

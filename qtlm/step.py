@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import _count_targets, _to_device, model_logits, seeded, shifts_labels, split_batch
+from .batches import _count_targets, _to_device, evaluation_mode, model_logits, seeded, shifts_labels, split_batch
 from .data import Batches, DataError
 from .finetuning import _with_gradients
-from .loss import compute_loss
+from .loss import compute_loss, distillation_loss
 from .model import ModelInputError
 
 # %% ../nbs/07a_step.ipynb #split-micro-batches
@@ -37,6 +37,15 @@ def split_rows(
         return list(zip(*(split_rows(part, pieces) for part in batch)))
     return [batch] * pieces  # a switch or a number that goes with every row
 
+# %% ../nbs/07a_step.ipynb #taught
+def _taught(logits: Tensor, teacher: nn.Module, inputs: Any, ignored: Tensor, temperature: float) -> Tensor:
+    "Return the mean divergence of `logits` from what `teacher` says of the same inputs; the teacher keeps its mode."
+    if ignored.all():
+        return logits.sum() * 0
+    with evaluation_mode(teacher):
+        known = model_logits(teacher, _to_device(inputs, logits.device))
+    return distillation_loss(logits, known, temperature, ignore_mask=_to_device(ignored, logits.device))
+
 # %% ../nbs/07a_step.ipynb #accumulate
 def accumulate_gradients(
     model: nn.Module,  # its parameters' `.grad` are added to
@@ -45,6 +54,9 @@ def accumulate_gradients(
     bf16: bool,  # run the forward pass under bfloat16 autocast
     ignore_index: int,  # targets with this value don't count
     label_smoothing: float,  # in [0, 1)
+    teacher: nn.Module | None = None,  # a model of the same classes, whose probabilities a share of the loss asks for
+    share: float = 0.0,  # of that part in the loss, 0 to 1
+    temperature: float = 1.0,  # of that part, > 0
 ) -> tuple[float, int]:  # mean loss over all counted targets, and their number
     "Run forward and backward over `micro_batches` as if they were one batch."
     pairs = [split_batch(batch, ignore_index, shifts_labels(model)) for batch in micro_batches]
@@ -57,6 +69,9 @@ def accumulate_gradients(
             logits = model_logits(model, _to_device(inputs, device))
         options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "sum"}
         loss = compute_loss(logits, _to_device(targets, device), **options) / count
+        if teacher is not None:
+            told = _taught(logits, teacher, inputs, targets == ignore_index, temperature)
+            loss = (1 - share) * loss + share * told * (_count_targets(targets, ignore_index) / count)
         if not loss.requires_grad:
             raise ModelInputError("model: its logits depend on no trainable parameter; expected some. Unfreeze a layer, or look for no_grad.")
         total += loss.item()

@@ -89,6 +89,7 @@ def _gradients(trainer: "Trainer", micro_batches: list) -> tuple[float, int, flo
     "Run forward and backward; return loss, count of targets and gradient norm, or raise and leave the model as it was."
     config, model, buffers = trainer.config, trainer.model, _remember_buffers(trainer.model)
     settings = (trainer.device, config.dtype == "bf16", config.ignore_index, config.label_smoothing)
+    settings += (trainer.teacher, config.distillation_weight, config.distillation_temperature) if config.distillation_weight else ()
     zero_gradients_(model)
     try:
         with seeded(config.seed, trainer.step):
@@ -370,11 +371,13 @@ class Trainer:
         eval_data: Any = None,  # held-out data, of the same kinds
         vocab: Any = None,  # saved with each checkpoint
         callbacks: Sequence[Callback] = (),  # called in this order
+        teacher: nn.Module | None = None,  # for `distillation_weight`: the float model, say; never changed, never saved
         **overrides: Any,  # fields of `TrainingConfig`
     ):
         self.config = config = _resolve_config(config, overrides, model)
-        check_trainable(model, config)
+        check_trainable(model, config, teacher)
         callbacks, self.device = _check_callbacks(callbacks), _resolve_device(config.device)
+        self.teacher = None if teacher is None else teacher.to(self.device)
         self.model, self.vocab = model.to(self.device), vocab
         make_trainable_(model, config, train_data)
         settings, more = (config.learning_rate, config.weight_decay, config.betas, config.eps), {"gradients_in_backward": config.gradients_in_backward}
@@ -451,6 +454,7 @@ def resume_training(
     train_data: Any = None,  # what the run was trained on; checked against the checkpoint
     eval_data: Any = None,  # held-out data
     callbacks: Sequence[Callback] = (),  # as in the run that was saved; their states are restored
+    teacher: nn.Module | None = None,  # where the run had one: it is not saved with it
     **overrides: Any,  # fields of `TrainingConfig` that shall differ from the saved ones, `max_steps` for example
 ) -> "Trainer":  # at the saved step; call `train()` to go on
     "Rebuild model, optimizer, config, vocabulary and trainer from a checkpoint."
@@ -458,8 +462,7 @@ def resume_training(
     if not isinstance(checkpoint.config, TrainingConfig):
         found = f"config is {type(checkpoint.config).__name__}"
         raise CheckpointMismatchError(checkpoint.path, found, "a TrainingConfig", "Use load_checkpoint.")
-    trainer = Trainer(
-        checkpoint.model, checkpoint.config, train_data=train_data, eval_data=eval_data, vocab=checkpoint.vocab, callbacks=callbacks, **overrides
-    )
+    given = {"train_data": train_data, "eval_data": eval_data, "callbacks": callbacks, "teacher": teacher, "vocab": checkpoint.vocab}
+    trainer = Trainer(checkpoint.model, checkpoint.config, **given, **overrides)
     _resume_from(trainer, checkpoint.path)
     return trainer

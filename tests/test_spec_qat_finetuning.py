@@ -261,3 +261,14 @@ def test_scales_only(trained):
 def test_what_is_refused_is_named():
     with pytest.raises(QuantizationError, match="one of them"):
         Trainer(tiny(), **QUIET, **qat(), enable_quantized_finetuning=True)
+
+
+def test_distillation(trained):
+    """Issue: distillation from the float model (`distillation_loss`) as an option."""
+    with pytest.raises(ValueError, match="teacher NoneType; expected another nn.Module"):
+        Trainer(copy.deepcopy(trained), **QUIET, **qat(), distillation_weight=1.0)
+    teacher = copy.deepcopy(trained).train()
+    trainer = Trainer(copy.deepcopy(trained), train_data=FIRST, teacher=teacher, **QUIET, **qat(4, quantization_group_size=-1), distillation_weight=1.0)
+    history = trainer.train()
+    assert history.losses[-1] < 0.5 * history.losses[0] and history.losses[0] < 0.5  # a divergence, not a loss in nats a token
+    assert teacher.training and all(torch.equal(a, b) for a, b in zip(teacher.parameters(), trained.parameters()))
