@@ -13,8 +13,10 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+
+from .demo import _build, _demo_config, _load_settings, _notes, _progress, _read_text, _table, run_demo
 
 # %% ../nbs/14_cli.ipynb #is-users-mistake
 def _is_mistake(
@@ -49,59 +51,10 @@ def _run(
         return 2
     return 0
 
-# %% ../nbs/14_cli.ipynb #progress
-def _progress(
-    items: Iterable,  # what is gone through
-    what: str,  # the stage's name
-    total: int | None = None,  # how many there are, where `items` does not know
-) -> Iterable:  # the same items
-    "Show on stderr how far `items` are."
-    if not sys.stderr.isatty():
-        print(f"{what} ...", file=sys.stderr, flush=True)
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, desc=what, total=total, file=sys.stderr)
-
 # %% ../nbs/14_cli.ipynb #printable
 def _printable(text: str) -> str:
     "Replace the characters that would command a terminal by a mark; line breaks and tabs stay."
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-# %% ../nbs/14_cli.ipynb #read-text
-def _read_text(config, vocab=None) -> tuple:
-    "Read the text that `config` names; return vocabulary, training tokens and held-out tokens."
-    from qtlm.data import BPEVocab, ByteVocab, Tokens, load_text
-
-    text = load_text(config.text)
-    if vocab is None:
-        vocab = ByteVocab() if config.vocab == "byte" else BPEVocab.train(text, config.vocab_size)
-    train, held_out = Tokens.from_text(text, vocab).split(config.validation_fraction)
-    return vocab, train, held_out
-
-# %% ../nbs/14_cli.ipynb #build
-def _build(config, vocab):
-    "Build the TinyLM that `config.model` describes, for `vocab`, from the config's seed."
-    import torch
-
-    from qtlm.config import ModelConfig
-    from qtlm.model import TinyLM
-
-    shape = config.model or ModelConfig(block_size=config.block_size)
-    torch.manual_seed(config.seed)
-    return TinyLM(shape.replace(vocab_size=len(vocab)))
-
-# %% ../nbs/14_cli.ipynb #load-settings
-def _load_settings(
-    path: str | None,  # YAML or JSON; None: the defaults
-    settings: Iterable[str],  # `name=value` each, dotted names reach into sections
-    **defaults: object,  # fields that differ from TrainingConfig's own defaults
-):
-    "Read a `TrainingConfig` from a file and from `name=value` settings, which win."
-    from qtlm.config import load_config
-
-    config = load_config(path, *settings)
-    return config.replace(**{name: value for name, value in defaults.items() if name not in config.model_fields_set})
 
 # %% ../nbs/14_cli.ipynb #train
 def _train(
@@ -229,159 +182,21 @@ def _generate(
     text = loaded.vocab.decode(ids)
     print(_printable(text) if sys.stdout.isatty() else text)
 
-# %% ../nbs/14_cli.ipynb #demo-settings
-# What two cores can do in about three minutes: 3.3 M parameters see 1.2 M bytes of text. The other fields are TrainingConfig's defaults.
-_DEMO = dict(
-    model={"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "block_size": 256},
-    max_steps=600, batch_size=8, block_size=256, learning_rate=1.2e-3, lr_scheduler_type="cosine", dtype="bf16", eval_batches=8, save_total_limit=2,
-)  # fmt: skip
-_MODES = {"float32": None, "INT8": 8, "INT4": 4}
-
-# %% ../nbs/14_cli.ipynb #demo-config
-def _demo_config(path: str | None, text: str | None, steps: int | None, seed: int | None, out: str):
-    "Make the demo's `TrainingConfig`: a file's or the defaults, then the options."
-    options = {"text": text, "max_steps": steps, "seed": seed}
-    settings = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
-    steps = steps or _DEMO["max_steps"]
-    shares = {"warmup_steps": steps // 15, "eval_steps": max(1, steps // 5), "save_steps": max(1, steps // 10)}
-    config = _load_settings(path, settings, **({} if path else _DEMO | shares))
-    return config.replace(output_dir=out, run_name="float32", save_steps=config.save_steps or shares["save_steps"])
-
-# %% ../nbs/14_cli.ipynb #same-settings
-def _check_same_settings(run: Path, config) -> None:
-    "Raise `ConfigError` where `run` holds a run with other settings than `config`."
-    from qtlm.checkpoint import latest_checkpoint, load_checkpoint
-    from qtlm.config import ConfigError
-
-    if latest_checkpoint(run) is None:
-        return
-    saved, asked = load_checkpoint(run).config.to_dict(), config.to_dict()
-    differing = [f"{name}={saved[name]!r}, here {asked[name]!r}" for name in asked if saved.get(name) != asked[name]]
-    if differing:
-        raise ConfigError(f"{run.parent}: holds a run with {'; '.join(differing)[:150]}; expected the same. Choose another --out, or delete it.")
-
-# %% ../nbs/14_cli.ipynb #demo-shrink
-def _shrink_and_reload(trainer, out: Path) -> tuple[dict, dict]:
-    "Publish the trained model as it is, in INT8 and in INT4; return the models as reloaded from disk, and their files' bytes."
-    from qtlm.checkpoint import load_checkpoint, save_checkpoint
-    from qtlm.quantization import quantize_model_ptq
-
-    models, sizes = {}, {}
-    for name, bits in _progress(_MODES.items(), "quantize, save, reload", len(_MODES)):
-        model = trainer.model if bits is None else quantize_model_ptq(trainer.model, bits=bits)
-        path = save_checkpoint(model, None, trainer.config, trainer.vocab, trainer.step, out / "models" / name)
-        models[name], sizes[name] = load_checkpoint(path).model, (path / "model.pt").stat().st_size
-    return models, sizes
-
-# %% ../nbs/14_cli.ipynb #demo-samples
-def _write_samples(models: dict, vocab, prompt: str, seed: int) -> dict:
-    "Let each model go on from `prompt` with the same random numbers."
-    from qtlm.generation import generate
-
-    ids = vocab.encode(prompt)
-    items = _progress(models.items(), "generate", len(models))
-    return {name: vocab.decode(generate(model, ids, 120, temperature=0.7, top_k=50, seed=seed)) for name, model in items}
-
-# %% ../nbs/14_cli.ipynb #demo-report
-def _make_report(config, trainer, comparison, sizes: dict, samples: dict) -> dict:
-    "Gather the figures of all models; `timings` holds all that differs from run to run."
-    rows = comparison.to_dict()["models"]
-    speed = {name: row["tokens_per_second"] for name, row in rows.items()}
-    figures = {
-        name: {
-            "bits_per_weight": row["bits_per_weight"],
-            "bytes_on_disk": sizes[name],
-            "bytes_ratio": sizes[name] / sizes["float32"],
-            "validation_loss": row["loss"],
-            "loss_increase": row["delta_loss"],
-            "loss_increase_error": row["delta_error"],
-            "bits_per_byte": row["bits_per_byte"],
-            "sample": samples[name],
-        }
-        for name, row in rows.items()
-    }
-    where = ("output_dir", "run_name")
-    return {
-        "config": {name: value for name, value in config.to_dict().items() if name not in where},
-        "parameters": rows["float32"]["parameters"],
-        "steps": trainer.step,
-        "validation_tokens": comparison.tokens,
-        "models": figures,
-        "timings": {name: {"tokens_per_second": s, "ratio": s / speed["float32"]} for name, s in speed.items()},
-    }
-
-# %% ../nbs/14_cli.ipynb #report-table
-def _table(report: dict) -> str:
-    "Lay the report out as a table for a terminal."
-    head = ("model", "bits/weight", "bytes on disk", "ratio", "val. loss", "bits/byte", "tokens/s", "ratio")
-    rows = [head]
-    for name, row in report["models"].items():
-        time, bpb = report["timings"][name], row["bits_per_byte"]
-        rows.append(
-            (name, f"{row['bits_per_weight']:.2f}", f"{row['bytes_on_disk']:,}", f"{row['bytes_ratio']:.3f}", f"{row['validation_loss']:.4f}",
-             "" if bpb is None else f"{bpb:.4f}", f"{time['tokens_per_second']:,.0f}", f"{time['ratio']:.2f}")
-        )  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)
-
-# %% ../nbs/14_cli.ipynb #plot-sizes
-def _plot_sizes(report: dict):
-    "Draw bytes on disk and held-out loss of each model; return the matplotlib figure."
-    import matplotlib.pyplot as plt
-
-    names = list(report["models"])
-    sizes = [report["models"][name]["bytes_on_disk"] / 1e6 for name in names]
-    losses = [report["models"][name]["loss_increase"] for name in names]
-    fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
-    bars = ax.bar(names, sizes, color=["C7", "C0", "C1"])
-    labels = [f"{size:.2f} MB\nloss {loss:+.4f}" for size, loss in zip(sizes, losses)]
-    ax.bar_label(bars, labels)
-    ax.set(title=f"INT4 is {sizes[0] / sizes[-1]:.1f} times smaller on disk", ylabel="size on disk (MB)")
-    ax.margins(y=0.25)
-    return fig
-
-# %% ../nbs/14_cli.ipynb #write-report
-def _write_report(report: dict, history, out: Path) -> None:
-    "Write report.json, loss.png and sizes.png into `out`; the pictures hold no date, so that they can be compared, too."
-    import matplotlib
-
-    with matplotlib.rc_context({"backend": "agg"}):
-        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        for name, figure in (("loss.png", history.plot()), ("sizes.png", _plot_sizes(report))):
-            figure.savefig(out / name, dpi=120, metadata={"Software": None})
-            matplotlib.pyplot.close(figure)
-
 # %% ../nbs/14_cli.ipynb #demo
 def _demo(
     text: str = None,  # file, folder or glob to learn from; default: the source of Python's standard library
     config: str = None,  # YAML or JSON with settings for training; default: the demo's own
-    steps: int = None,  # training steps; default: 600, or what the config says
-    out: str = "checkpoints/demo",  # where everything is written; a run that was interrupted there goes on
+    steps: int = None,  # training steps; default: 600, or what the config says; the four runs after it take a sixth of that each
+    out: str = "checkpoints/demo",  # where everything is written; a demo that was interrupted there goes on
     seed: int = None,  # the same seed on the same machine gives the same report
+    other: str = None,  # file, folder or glob with text of another kind to fine-tune on; default: C++ headers that torch brings along
 ):
-    "Train, save, quantize to INT8 and INT4, reload, compare, and let each model write. Example: qtlm demo --text book.txt"
-    folder, settings = Path(out), _demo_config(config, text, steps, seed, out)
-    _check_same_settings(folder / "float32", settings)
-    vocab, train, held_out = _read_text(settings)
-    from qtlm.data import DataError
-    from qtlm.evaluation import compare
-    from qtlm.trainer import Trainer
-
-    if len(held_out) < 2:
-        raise DataError(f"text: {len(held_out)} held-out tokens; expected two at least. Give more text, or a larger validation_fraction.")
-
-    trainer = Trainer(_build(settings, vocab), settings, train_data=train, eval_data=held_out, vocab=vocab)
-    trainer.train(resume_from_checkpoint="auto")
-    models, sizes = _shrink_and_reload(trainer, folder)
-    comparison = compare(models, held_out, progress=lambda batches: _progress(batches, "evaluate"))
-    prompt = vocab.decode(held_out[:200]).partition("\n")[2][:40] or vocab.decode(held_out[:40])  # from the beginning of a line on
-    samples = _write_samples(models, vocab, prompt, settings.seed)
-    report = _make_report(settings, trainer, comparison, sizes, samples)
-    _write_report(report, trainer.history, folder)
-    print(_table(report))
-    for name, sample in samples.items():
-        print(f"\n{name} writes:\n{_printable(sample)}")
-    print(f"\nWritten to {folder}: report.json, loss.png, sizes.png, and the models under models/.", file=sys.stderr)
+    "Train, save, quantize to INT8 and INT4, go on with QAT, fine-tune in INT4, compare, and let each model write. Example: qtlm demo --text book.txt"
+    report = run_demo(_demo_config(config, text, steps, seed), out, other)
+    print(f"{_table(report)}\n\n{_notes(report)}")
+    for name, row in report["models"].items():
+        print(f"\n{name} writes:\n{_printable(row['sample'])}")
+    print(f"\nWritten to {out}: report.json, loss.png, sizes.png, training.png, and the models under models/.", file=sys.stderr)
 
 # %% ../nbs/14_cli.ipynb #adopt-customs
 def _adopt_customs() -> None:

@@ -52,6 +52,22 @@ def fake_quantize(
     buffers = round_weights(w.detach(), bits, (group_size or -1) if bits == 4 else None, rounding)
     return _Straight.apply(w, float_weights(**buffers, width=w.shape[1]).to(w.dtype))
 
+# %% ../nbs/06_qat.ipynb #step-gradients
+def _pieces(t: Tensor, like: Tensor) -> list[Tensor]:
+    "Return `t` in pieces, along its first dimension, so that those of `like` fit the cache; what has no such dimension goes with each."
+    rows = len(like) if torch.compiler.is_compiling() else max(1, 2**18 // max(1, like[0].numel()))
+    count = -(-len(like) // rows)
+    return list(t.split(rows)) if t.dim() and len(t) == len(like) else [t] * count
+
+
+def _step_gradients(grad: Tensor, x: Tensor, scale: Tensor, g: Tensor, first: Tensor, last: Tensor, learns: bool) -> tuple[Tensor, Tensor | None]:
+    "Return the gradient of x, and what each value adds to that of its scale, summed over the last dimension."
+    u = x.detach().float() / (scale * g)
+    held = torch.minimum(torch.maximum(u, first), last)
+    inside = held == u
+    moved = held.round_().sub_(u.mul_(inside)).mul_(grad).mul_(g) if learns else None  # round(u) - u inside, the end of the grid outside
+    return grad * inside, None if moved is None else moved.sum(-1, keepdim=True)
+
 # %% ../nbs/06_qat.ipynb #step
 class _Step(torch.autograd.Function):
     "`x` itself forward; backward the gradient through `clamp(round(x / (scale * g)), first, last) * g * scale`."
@@ -67,15 +83,13 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, scale, g, first, last = ctx.saved_tensors
-        u = x.detach().float() / (scale * g)
-        held = torch.minimum(torch.maximum(u, first), last)
-        inside, grad_scale = held == u, None
+        parts = zip(*(_pieces(t, ctx.saved_tensors[0]) for t in (grad, *ctx.saved_tensors)))
+        grads, moves = zip(*(_step_gradients(*part, ctx.needs_input_grad[1]) for part in parts))
+        grad_scale, (x, scale, *_) = None, ctx.saved_tensors
         if ctx.needs_input_grad[1]:
             share = 1 / math.sqrt(x.numel() / scale.numel() * ctx.top)
-            moved = held.round_().sub_(u.mul_(inside))  # round(u) - u inside, the end of the grid outside
-            grad_scale = moved.mul_(grad).mul_(g).sum_to_size(scale.shape).mul_(share)
-        return (grad * inside).to(x.dtype), grad_scale, None, None, None, None
+            grad_scale = (torch.cat(moves) if scale.dim() == x.dim() else sum(moves)).sum_to_size(scale.shape) * share
+        return torch.cat(grads).to(x.dtype), grad_scale, None, None, None, None
 
 # %% ../nbs/06_qat.ipynb #multiply
 def _multiply(q: Tensor, x_scale: Tensor, zero_point: Tensor | None, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -176,8 +190,7 @@ def _nearest_groups(w: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def _nearest_int8(w: Tensor, state: _State) -> tuple[Tensor, Tensor]:
     "Return int8 weights and row scales of round-to-nearest, on grids that cover the weights."
     size = w.shape[1] if state.group_size == -1 else state.group_size
-    rows = len(w) if torch.compiler.is_compiling() else max(1, 2**18 // w.shape[1])
-    parts = [_nearest_rows(part.float()) if state.bits == 8 else _nearest_groups(part.float(), size) for part in w.split(rows)]
+    parts = [_nearest_rows(part.float()) if state.bits == 8 else _nearest_groups(part.float(), size) for part in _pieces(w, w)]
     codes, scale = zip(*parts)
     return (codes[0], scale[0]) if len(parts) == 1 else (torch.cat(codes), torch.cat(scale))
 
@@ -186,7 +199,9 @@ def _int8_form(w: Tensor, state: _State, kept: _Kept | None = None) -> tuple[Ten
     "Return the same as int8 `[out, in]`, which is what is multiplied, and the scales."
     if kept is not None:
         grid = kept.grid()
-        return (_nearest(w.float(), grid) * grid.g[..., None]).flatten(1).to(torch.int8), grid.scale
+        parts = zip(_pieces(w, w), *(_pieces(t, w) for t in vars(grid).values()))
+        codes = [_nearest(part.float(), _Grid(*own)).mul_(own[1][..., None]).flatten(1).to(torch.int8) for part, *own in parts]
+        return codes[0] if len(codes) == 1 else torch.cat(codes), grid.scale
     return _nearest_int8(w, state)
 
 # %% ../nbs/06_qat.ipynb #learned-edge

@@ -138,6 +138,26 @@ def test_gradients_are_those_of_full_precision(scheme):
         assert got.dtype == torch.float32 and torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scheme", [dict(bits=8), dict(bits=4), dict(bits=4, group_size=-1), dict(bits=4, learned_scales=True), dict(bits=8, learned_scales=True)], ids=str)
+def test_weights_larger_than_a_piece(scheme):
+    "What is done piece by piece is done as a whole: codes, outputs, gradients."
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(512, 1300)), torch.randn(3, 512)
+    prepared = prepare_qat(model, **scheme).eval()
+    with torch.no_grad():
+        assert torch.equal(prepared(x), convert_qat(prepared)(x))
+    prepared(x).square().sum().backward()
+    small = prepare_qat(nn.Sequential(nn.Linear(512, 100)), **scheme).eval()
+    for start in range(0, 1300, 100):
+        rows = slice(start, start + 100)
+        for name, t in [*small[0].named_parameters(), *small[0].named_buffers()]:
+            t.data.copy_(getattr(prepared[0], name).data[rows])
+        small.zero_grad()
+        small(x).square().sum().backward()
+        for name, p in small[0].named_parameters():
+            assert torch.allclose(p.grad, getattr(prepared[0], name).grad[rows], rtol=1e-5, atol=1e-6), name
+
+
 def test_the_rounding_touches_the_forward_pass_alone():
     "Weights keep their values, and change by the optimizer's steps only; with the rounding switched off the model is the float model."
     model = lm()

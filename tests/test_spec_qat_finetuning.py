@@ -268,7 +268,7 @@ def test_distillation(trained):
     with pytest.raises(ValueError, match="teacher NoneType; expected another nn.Module"):
         Trainer(copy.deepcopy(trained), **QUIET, **qat(), distillation_weight=1.0)
     teacher = copy.deepcopy(trained).train()
-    trainer = Trainer(copy.deepcopy(trained), train_data=FIRST, teacher=teacher, **QUIET, **qat(4, quantization_group_size=-1), distillation_weight=1.0)
+    trainer = Trainer(copy.deepcopy(trained), train_data=FIRST, teacher=teacher, **{**QUIET, "learning_rate": 3e-4}, **qat(4, quantization_group_size=-1), distillation_weight=1.0)
     history = trainer.train()
-    assert history.losses[-1] < 0.5 * history.losses[0] and history.losses[0] < 0.5  # a divergence, not a loss in nats a token
+    assert max(history.losses[-10:]) < history.losses[0] < 0.1  # a divergence, not a loss in nats a token
     assert teacher.training and all(torch.equal(a, b) for a, b in zip(teacher.parameters(), trained.parameters()))
