@@ -24,19 +24,19 @@ from accuracy import LENGTH, MODELS, or_error, read_text, trained
 from common import RESULTS, in_turn, machine, random_ids, tiny_lm
 from torch import nn
 
-from qtlm import Trainer, convert_qat, quantize_model_ptq
+from qtlm import Trainer, convert_qat, prepare_qat, quantize_model_ptq
 from qtlm.data import Batches
 from qtlm.loss import compute_loss
 
 KIND, FURTHER = "small", dict(max_steps=300, batch_size=8, block_size=LENGTH, learning_rate=2e-4, lr_scheduler_type="cosine", min_lr_ratio=0.05)
-SCHEMES = {  # as the verbs are told; "row": 4 bits with one scale a row, the embedding too
+SCHEMES = {  # as the verbs are told; "row": 4 bits with one scale a row
     "INT4 default": dict(bits=4),
-    "INT4 row": dict(bits=4, group_size=-1, embedding_bits=4),
+    "INT4 row": dict(bits=4, group_size=-1),
     "INT8 default": dict(bits=8),
     "INT8 static, minmax": dict(bits=8, type="static", observer="minmax"),
-    "INT4 row, static": dict(bits=4, group_size=-1, embedding_bits=4, type="static"),
+    "INT4 row, static": dict(bits=4, group_size=-1, type="static"),
 }
-WAYS = {"": {}, ", learned scales": {"learned_scales": True}, ", from GPTQ": {"rounding": "gptq"}}
+WAYS = {"": {}, ", learned scales": {"learned_scales": True}, ", learned scales, from GPTQ": {"learned_scales": True, "rounding": "gptq"}}
 TORCHAO = "torchao, INT4 / 32"
 
 
@@ -96,8 +96,9 @@ def quality(seed: int, only: str) -> dict[str, dict]:
         for way, more in WAYS.items():
             if only not in name + way:
                 continue
-            fields = {f"quantization_{key}": value for key, value in (scheme | more).items()} | {"quantization_mode": "qat"}
-            row = difference(window_losses(convert_qat(go_on(model, seed, text, **fields)), held_out), base)
+            needs = calibration if scheme.get("type") == "static" or "rounding" in more else None
+            aware = go_on(prepare_qat(model, calibration_data=needs, **scheme | more), seed, text, quantization_mode="qat")
+            row = difference(window_losses(convert_qat(aware), held_out), base)
             rows[name + way] = row | {"afterwards": after["increase"], "recovered": 1 - row["increase"] / after["increase"]}
             print(seed, name + way, rows[name + way], flush=True)
     if only in TORCHAO and importlib.util.find_spec("torchao"):
@@ -113,9 +114,10 @@ def speed(rounds: int, compiled: bool) -> dict[str, dict]:
     ids, tables = random_ids(8, 257), {}
     for dtype in ("fp32", "bf16"):
         for compile in (False, True) if compiled else (False,):
-            run = lambda **fields: Trainer(tiny_lm(), dtype=dtype, compile=compile, progress=False, batch_size=8, block_size=256, **fields)
-            qat = lambda bits, **more: run(quantization_mode="qat", quantization_bits=bits, **more)
-            trainers = {"no QAT": run(), "INT8": qat(8), "INT4": qat(4), "INT4, learned scales": qat(4, quantization_learned_scales=True)}
+            settings = dict(dtype=dtype, compile=compile, progress=False, batch_size=8, block_size=256)
+            ways = {"INT8": {}, "INT4": {"quantization_bits": 4}, "INT4, learned scales": {"quantization_bits": 4, "quantization_learned_scales": True}}
+            trainers = {"no QAT": Trainer(tiny_lm(), **settings)}
+            trainers |= {name: Trainer(tiny_lm(), quantization_mode="qat", **settings, **fields) for name, fields in ways.items()}
             if importlib.util.find_spec("torchao"):
                 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup, quantize_
                 from torchao.quantization.qat import QATConfig
@@ -123,7 +125,7 @@ def speed(rounds: int, compiled: bool) -> dict[str, dict]:
                 model = tiny_lm()
                 config = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32))
                 quantize_(model, QATConfig(config, step="prepare"), filter_fn=lambda module, name: "_proj" in name and isinstance(module, nn.Linear))
-                trainers["torchao INT4"] = Trainer(model, dtype=dtype, compile=compile, progress=False, batch_size=8, block_size=256)
+                trainers["torchao INT4"] = Trainer(model, **settings)
             calls = {name: partial(trainer.training_step, ids) for name, trainer in trainers.items()}
             rows = in_turn(calls, rounds)
             for row in rows.values():

@@ -65,7 +65,7 @@ _HOME = {
 }
 _MODULES = (
     "account", "batches", "budget", "calibration", "checkpoint", "cli", "config", "data", "evaluation", "finetuning", "generation", "history", "kernels",
-    "layers", "loss", "model", "modes", "observers", "optim", "plan", "qat", "quantization", "rounding", "step", "storage", "trainer",
+    "layers", "loss", "model", "modes", "observers", "optim", "plan", "qat", "quantization", "rounding", "step", "storage", "straight_through", "trainer",
 )  # fmt: skip
 __all__ = sorted(_HOME)
 

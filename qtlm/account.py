@@ -103,6 +103,15 @@ def _float_rows(model: nn.Module) -> dict[str, LayerInfo]:
             rows[layer.name] = _row(layer.name, type(layer.module).__name__, shape, own, tied_to=owner, reason=reason)
     return rows
 
+# %% ../nbs/04d_account.ipynb #training-scheme
+def _training_scheme(m: nn.Module) -> dict:
+    "Return what a row says of the scheme of a layer in quantization-aware training."
+    scheme = {name: getattr(m.qat, name) for name in ("bits", "group_size", "rounding")}
+    if m.qat.kind == "Embedding":
+        return scheme
+    static = "input_scale" in m._buffers
+    return scheme | {"type": "static" if static else "dynamic", "symmetric": m._buffers.get("input_zero_point") is None if static else None}
+
 # %% ../nbs/04d_account.ipynb #training-rows
 def _training_rows(model: nn.Module) -> dict[str, LayerInfo]:
     "Return the row of each layer in quantization-aware training."
@@ -111,10 +120,7 @@ def _training_rows(model: nn.Module) -> dict[str, LayerInfo]:
         owner = owners.setdefault(_weight_key(m.weight), name)
         own = [p for p in m._parameters.values() if p is not None and id(p) not in counted]
         counted |= {id(p) for p in own}
-        static = "input_scale" in m._buffers or "input_log_scale" in m._parameters
-        kinds = {"type": "static" if static else "dynamic", "symmetric": m._buffers.get("input_zero_point") is None if static else None}
-        scheme = {key: getattr(m.qat, key) for key in ("bits", "group_size", "rounding")} | (kinds if m.qat.kind != "Embedding" else {})
-        rows[name] = _row(name, m.qat.kind, _matrix(m).shape, own, tied_to=None if owner == name else owner, **scheme)
+        rows[name] = _row(name, m.qat.kind, _matrix(m).shape, own, tied_to=None if owner == name else owner, **_training_scheme(m))
     return rows
 
 # %% ../nbs/04d_account.ipynb #quantization-report

@@ -712,39 +712,9 @@ class _RunFields(Config):
         None, "Tokens of a bpe vocabulary", unit="tokens", ge=257, le=1 << 24, example=1024, needs={"vocab": "bpe"})
     validation_fraction: float = _field(0.1, "Part of the text held out for evaluation", unit="share of the text", ge=0, lt=1, example=0.05)
 
-# %% ../nbs/01_config.ipynb #schedule-rules
-def _schedule_rules(c: BaseModel) -> Iterator[_Problem]:
-    "The parts of a schedule fit into the run; who waits for a better evaluation has evaluations."
-    decay = round(c.decay_ratio * c.max_steps) if c.lr_scheduler_type == "warmup_stable_decay" else 0
-    warmup, steps, patience = c.warmup_steps, c.max_steps, c.early_stopping_patience
-    if warmup > steps: yield _Problem(("warmup_steps",), str(warmup), f"at most max_steps = {steps}", also=("max_steps",))
-    elif warmup + decay > steps:
-        yield _Problem(("decay_ratio",), f"{c.decay_ratio} after warmup_steps = {warmup}", f"both to fit in max_steps = {steps}",
-                       also=("warmup_steps", "max_steps", "lr_scheduler_type"))
-    if patience and c.eval_steps is None:
-        yield _Problem(("early_stopping_patience",), f"{patience} without eval_steps", "eval_steps too", also=("eval_steps",))
 
-# %% ../nbs/01_config.ipynb #data-rules
-def _data_rules(c: BaseModel) -> Iterator[_Problem]:
-    "A vocabulary that is learnt has a size; the model reads sequences as long as they come."
-    size, shape = c.vocab_size, c.model
-    if c.vocab == "bpe" and size is None: yield _Problem(("vocab",), "bpe without vocab_size", "vocab_size too", also=("vocab_size",))
-    if c.vocab == "byte" and size:
-        yield _Problem(("vocab_size",), f"{size} with vocab = byte", "null, or vocab = bpe", "There are 256 bytes.", ("vocab",))
-    if shape and c.block_size > shape.block_size:
-        yield _Problem(("block_size",), str(c.block_size), f"at most model.block_size = {shape.block_size}", also=("model",))
-
-
-def _backward_rule(c: BaseModel) -> Iterator[_Problem]:
-    "What is stepped before the last gradient is known cannot be scaled by the norm of all, nor wait for another batch."
-    for name, most in (("max_grad_norm", None), ("gradient_accumulation_steps", 1)):
-        if c.gradients_in_backward and getattr(c, name) != most:
-            yield _Problem(("gradients_in_backward",), f"true with {name} = {getattr(c, name)}", f"{name} = {'null' if most is None else most}", also=(name,))
-
-# %% ../nbs/01_config.ipynb #training-config
-class TrainingConfig(_RunFields, _LearningFields):
-    "Everything that decides a training run: `TrainingConfig(learning_rate=1e-3)`, or a file read by `load_config`."
-    _rules = (_schedule_rules, _data_rules, _backward_rule, functools.partial(_group_rule, prefix="quantization_"))
+class _RoundingFields(Config):
+    "Whether weights are rounded, when, and how they are trained with it."
     quantization_mode: Literal["ptq", "qat"] | None = _field(
         None, "Quantize after training (ptq) or simulate it while training (qat); null: full precision", unit="name", example="qat")
     quantization_bits: _Bits = _field(8, "Bits of a quantized weight", unit="bits", example=4, aliases=("num_bits", "nbits"))
@@ -776,6 +746,40 @@ class TrainingConfig(_RunFields, _LearningFields):
     gradients_in_backward: bool = _field(
         False, "Fine-tuning: step each weight as soon as its gradient is there, and drop it; no clipping, no accumulation", unit="switch",
         example=True, needs={"max_grad_norm": None})
+
+# %% ../nbs/01_config.ipynb #schedule-rules
+def _schedule_rules(c: BaseModel) -> Iterator[_Problem]:
+    "The parts of a schedule fit into the run; who waits for a better evaluation has evaluations."
+    decay = round(c.decay_ratio * c.max_steps) if c.lr_scheduler_type == "warmup_stable_decay" else 0
+    warmup, steps, patience = c.warmup_steps, c.max_steps, c.early_stopping_patience
+    if warmup > steps: yield _Problem(("warmup_steps",), str(warmup), f"at most max_steps = {steps}", also=("max_steps",))
+    elif warmup + decay > steps:
+        yield _Problem(("decay_ratio",), f"{c.decay_ratio} after warmup_steps = {warmup}", f"both to fit in max_steps = {steps}",
+                       also=("warmup_steps", "max_steps", "lr_scheduler_type"))
+    if patience and c.eval_steps is None:
+        yield _Problem(("early_stopping_patience",), f"{patience} without eval_steps", "eval_steps too", also=("eval_steps",))
+
+# %% ../nbs/01_config.ipynb #data-rules
+def _data_rules(c: BaseModel) -> Iterator[_Problem]:
+    "A vocabulary that is learnt has a size; the model reads sequences as long as they come."
+    size, shape = c.vocab_size, c.model
+    if c.vocab == "bpe" and size is None: yield _Problem(("vocab",), "bpe without vocab_size", "vocab_size too", also=("vocab_size",))
+    if c.vocab == "byte" and size:
+        yield _Problem(("vocab_size",), f"{size} with vocab = byte", "null, or vocab = bpe", "There are 256 bytes.", ("vocab",))
+    if shape and c.block_size > shape.block_size:
+        yield _Problem(("block_size",), str(c.block_size), f"at most model.block_size = {shape.block_size}", also=("model",))
+
+
+def _backward_rule(c: BaseModel) -> Iterator[_Problem]:
+    "What is stepped before the last gradient is known cannot be scaled by the norm of all, nor wait for another batch."
+    for name, most in (("max_grad_norm", None), ("gradient_accumulation_steps", 1)):
+        if c.gradients_in_backward and getattr(c, name) != most:
+            yield _Problem(("gradients_in_backward",), f"true with {name} = {getattr(c, name)}", f"{name} = {'null' if most is None else most}", also=(name,))
+
+# %% ../nbs/01_config.ipynb #training-config
+class TrainingConfig(_RoundingFields, _RunFields, _LearningFields):
+    "Everything that decides a training run: `TrainingConfig(learning_rate=1e-3)`, or a file read by `load_config`."
+    _rules = (_schedule_rules, _data_rules, _backward_rule, functools.partial(_group_rule, prefix="quantization_"))
     model: ModelConfig | None = _field(
         None, "Shape of the model to train; null: the model is given, or the default one", unit="section",
         example={"hidden_size": 384, "num_hidden_layers": 6})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .kernels import _forward, _int8_weights, _round_activations
 from .layers import QuantEmbedding, QuantizationError, QuantLinear, _check_model, _move_once, _Quantized, _weight_key
+from .model import _autocast
 
 # %% ../nbs/06a_finetuning.ipynb #stand-in
 def _stand_in(
@@ -80,20 +81,13 @@ class _Trained(_Quantized):
         return self
 
 # %% ../nbs/06a_finetuning.ipynb #trained-linear
-def _autocast(x: Tensor) -> Tensor:
-    "Return `x` in the dtype that autocast, where it is on, would give to a linear layer's input."
-    kind = x.device.type
-    cast = x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
-    return x.to(torch.get_autocast_dtype(kind)) if cast else x
-
-
 class _TrainedLinear(_Trained, QuantLinear):
     "A `QuantLinear` whose weights or scales get gradients."
 
     def forward(self, input):
-        x = _autocast(input)
         if not torch.is_grad_enabled():
-            return super().forward(x)
+            return super().forward(input)
+        x = _autocast(input)
         given = (self.codes, self.scale, self.group_scale, self.input_scale, self.input_zero_point)
         return _IntegerLinear.apply(x, self.stand_in, self.bias, *given)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .kernels import _MOST, expand_groups, int4_linear, int8_linear
+from .model import _autocast
 from .rounding import float_weights
 
 # %% ../nbs/04c_layers.ipynb #empty-weights
@@ -114,9 +115,9 @@ class QuantLinear(_Quantized):
     def forward(
         self,
         input: Tensor,  # activations `[..., in_features]`
-    ) -> Tensor:  # `[..., out_features]`, dtype of `input`
+    ) -> Tensor:  # `[..., out_features]`, dtype of `input`; under autocast, autocast's dtype
         "Return the layer's output; gradients flow to `input` and the bias, none to the codes."
-        given = {"input_scale": self.input_scale, "input_zero_point": self.input_zero_point}
+        input, given = _autocast(input), {"input_scale": self.input_scale, "input_zero_point": self.input_zero_point}
         if self.bits == 8:
             return int8_linear(input, self.codes, self.scale, self.bias, **given)
         return int4_linear(input, self.codes, self.scale, self.group_scale, self.group_size, self.bias, **given)

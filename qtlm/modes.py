@@ -20,7 +20,7 @@ from .layers import _Quantized, QuantizationError
 from .model import ModelInputError
 from .qat import prepare_qat
 
-# %% ../nbs/08b_modes.ipynb #check-trainable
+# %% ../nbs/08b_modes.ipynb #state-of
 def _state_of(model: nn.Module) -> str:
     "Say whether a model is `float`, `prepared` for quantization-aware training, `quantized`, or quantized and `frozen`."
     if any("qat" in vars(m) for m in model.modules()):
@@ -28,7 +28,7 @@ def _state_of(model: nn.Module) -> str:
     integer = [m for m in model.modules() if isinstance(m, _Quantized)]
     return "float" if not integer else "frozen" if all(m.frozen for m in integer) else "quantized"
 
-
+# %% ../nbs/08b_modes.ipynb #check-trainable
 def check_trainable(
     model: nn.Module,  # what is to be trained
     config: TrainingConfig,  # how: its quantization_mode and enable_quantized_finetuning

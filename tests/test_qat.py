@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qtlm import get_quantization_info, QuantizationError, quantize_model_ptq, TinyLM
+from qtlm import QuantizationError, TinyLM, get_quantization_info, quantize_model_ptq
 from qtlm.config import ConfigError
 from qtlm.loss import compute_loss
 from qtlm.qat import convert_qat, fake_quantize, prepare_qat, restore_qat

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from qtlm import (
-    ConfigError, convert_qat, get_quantization_info, load_checkpoint, QuantizationError, quantize_model_ptq, resume_training, TinyLM, Trainer, TrainingConfig,
+    ConfigError,
+    QuantizationError,
+    TinyLM,
+    Trainer,
+    TrainingConfig,
+    convert_qat,
+    get_quantization_info,
+    load_checkpoint,
+    quantize_model_ptq,
+    resume_training,
 )  # fmt: skip
 from qtlm.data import ByteVocab, Tokens
 
