@@ -319,11 +319,11 @@ def code_lines(cell):
 
 
 def is_declaration(cell):
-    "Tell whether the cell is one class that only declares fields."
-    match body_of(cell):
-        case [ast.ClassDef(body=body)]:
-            return all(isinstance(n, (ast.AnnAssign, ast.Assign)) or (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)) for n in body)
-    return False
+    "Tell whether the cell is nothing but classes that only declare fields."
+    classes = body_of(cell)
+    inside = [n for c in classes if isinstance(c, ast.ClassDef) for n in c.body]
+    declares = all(isinstance(n, (ast.AnnAssign, ast.Assign)) or (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)) for n in inside)
+    return bool(classes) and all(isinstance(c, ast.ClassDef) for c in classes) and declares
 
 
 def too_long(nb):

@@ -27,6 +27,7 @@ def here(tmp_path_factory):
     "A folder with a text and a config."
     folder = tmp_path_factory.mktemp("cli")
     (folder / "text.txt").write_text("It was the best of times, it was the worst of times, it was the age of wisdom. " * 100)
+    (folder / "other.txt").write_text("CALL ME ISHMAEL. SOME YEARS AGO, NEVER MIND HOW LONG PRECISELY. " * 50)
     (folder / "run.yaml").write_text(CONFIG)
     return folder
 
@@ -39,7 +40,7 @@ def qtlm(folder, *arguments, **options):
 
 
 def demo(out, *more):
-    return ["demo", "--text", "text.txt", "--config", "run.yaml", "--steps", "60", "--out", out, *more]
+    return ["demo", "--text", "text.txt", "--config", "run.yaml", "--steps", "60", "--out", out, "--other", "other.txt", *more]
 
 
 @pytest.fixture(scope="module")
@@ -56,27 +57,30 @@ def report(folder):
 
 
 def test_demo_writes_what_it_promises(here, finished):
-    assert {"report.json", "loss.png", "sizes.png"} <= {path.name for path in (here / "whole").iterdir()}
-    head, *rows = finished.stdout.splitlines()[:4]
-    assert head.split() == "model bits/weight bytes on disk ratio val. loss bits/byte tokens/s ratio".split()
-    assert [row.split()[0] for row in rows] == ["float32", "INT8", "INT4"]
+    assert {"report.json", "loss.png", "sizes.png", "training.png"} <= {path.name for path in (here / "whole").iterdir()}
+    head, *rows = finished.stdout.splitlines()[:6]
+    assert head.split() == "model bits/weight bytes on disk ratio val. loss bits/byte tokens/s ratio other text".split()
+    assert [row.split("  ")[0] for row in rows] == ["float32", "INT8", "INT4", "INT4 QAT", "INT4 fine-tuned"] and "->" in rows[4]
+    assert "rounded afterwards" in finished.stdout
     found = json.loads((here / "whole" / "report.json").read_text())
     for name, row in found["models"].items():
-        file = next((here / "whole" / "models" / name).glob("step-*")) / "model.pt"
+        assert row["path"] == f"models/{name.replace(' ', '-')}"
+        file = next((here / "whole" / row["path"]).glob("step-*")) / "model.pt"
         assert row["bytes_on_disk"] == file.stat().st_size and len(row["sample"]) > 40
         assert f"{name} writes:" in finished.stdout and found["timings"][name]["tokens_per_second"] > 0
     assert found["models"]["float32"]["loss_increase"] == 0 and found["steps"] == 60
-    for stage in ("train: step 60/60", "quantize, save, reload", "evaluate", "generate"):
+    further = ("further-float32: 10 steps", "further-qat: 10 steps", "finetune-float32: 10 steps", "finetune-int4: 10 steps", "train: step 10/10")
+    for stage in ("train: step 60/60", "quantize, save, reload", *further, "evaluate", "generate"):
         assert stage in finished.stderr
 
 
 def test_same_seed_same_report_to_the_bit(here, finished):
     assert qtlm(here, *demo("again")).returncode == 0
     assert report(here / "again") == report(here / "whole")
-    for picture in ("loss.png", "sizes.png"):
+    for picture in ("loss.png", "sizes.png", "training.png"):
         assert (here / "again" / picture).read_bytes() == (here / "whole" / picture).read_bytes()
-    assert qtlm(here, *demo("other", "--seed", "1")).returncode == 0
-    assert report(here / "other") != report(here / "whole")
+    assert qtlm(here, *demo("seed-1", "--seed", "1")).returncode == 0
+    assert report(here / "seed-1") != report(here / "whole")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -112,6 +116,9 @@ def test_a_finished_demo_only_measures_again(here, finished):
         (["demo", "--config", "text.txt"], "text.txt"),
         (["demo", "--text", "tiny.txt"], "token"),
         (["demo", "--text", "binary.bin"], "UTF-8"),
+        (["demo", "--text", "text.txt", "--other", "missing.txt"], "missing.txt"),
+        (["demo", "--text", "text.txt", "--other", "tiny.txt"], "token"),
+        (["demo", "--text", "text.txt", "--config", "aware.yaml"], "trains in float32 first"),
         (["demo", "--steps", "0"], "max_steps"),
         (["demo", "--text", "text.txt", "--config", "run.yaml", "--steps", "60", "--out", "whole", "--seed", "9"], "holds a run with seed"),
         (["train", "learning_rat=1e-3"], "learning_rate"),
@@ -125,6 +132,7 @@ def test_a_finished_demo_only_measures_again(here, finished):
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(here, finished, arguments, says):
     (here / "tiny.txt").write_text("ab")
+    (here / "aware.yaml").write_text(CONFIG + "quantization_mode: qat\n")
     (here / "binary.bin").write_bytes(b"\xff\xfe\x00\x81" * 100)
     done = qtlm(here, *arguments)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
@@ -134,10 +142,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(here, finished, arguments, says):
 def test_the_other_commands_read_what_demo_wrote(here, finished):
     done = qtlm(here, "quantize", "whole/float32", "--bits", "4", "--out", "small")
     assert done.returncode == 0 and "bits per weight" in done.stdout
-    done = qtlm(here, "evaluate", "whole/float32", "small", "whole/models/INT8", "--as-json")
+    done = qtlm(here, "evaluate", "whole/float32", "small", "whole/models/INT8", "whole/models/INT4-QAT", "whole/models/INT4-fine-tuned", "--as-json")
     losses = [row["loss"] for row in json.loads(done.stdout).values()]
     expected = report(here / "whole")["models"]
-    assert losses == pytest.approx([expected[name]["validation_loss"] for name in ("float32", "INT4", "INT8")], abs=1e-5)
+    assert losses == pytest.approx([expected[name]["validation_loss"] for name in ("float32", "INT4", "INT8", "INT4 QAT", "INT4 fine-tuned")], abs=1e-5)
+    done = qtlm(here, "evaluate", "whole/finetune-int4", "whole/models/INT4-fine-tuned", "--as-json")  # its own text is the other one
+    tuned = [row["loss"] for row in json.loads(done.stdout).values()]
+    assert tuned == pytest.approx([report(here / "whole")["finetuning"]["INT4"]["loss_after"]] * 2, abs=1e-5)
     texts = [qtlm(here, "generate", "small", "--prompt", "It was", "--seed", seed).stdout for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2] and texts[0].startswith("It was")
 
