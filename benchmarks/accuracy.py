@@ -40,7 +40,7 @@ LENGTH = SHAPE["block_size"]
 SMALL = dict(vocab_size=1024, hidden_size=128, num_hidden_layers=4, num_attention_heads=2, intermediate_size=384)
 MODELS = {  # windows: how many held-out ones are measured
     "large": dict(shape=SHAPE, max_steps=6000, batch_size=2, learning_rate=1.5e-3, warmup_steps=200, windows=64),
-    "small": dict(shape=SHAPE | SMALL, max_steps=3000, batch_size=8, learning_rate=2e-3, warmup_steps=150, windows=256),
+    "small": dict(shape=SHAPE | SMALL, max_steps=3000, learning_rate=2e-3, warmup_steps=150, windows=256),
 }
 PEERS = {"torchao": "torchao", "quanto": "optimum-quanto", "hqq": "hqq", "bitsandbytes": "bitsandbytes"}  # first word of a row: package
 OBSERVERS = ("minmax", "moving_average", "percentile", "mse", "histogram")
@@ -66,8 +66,8 @@ def trained(kind: str, seed: int) -> nn.Module:
     "The model of this kind and seed, trained now where it has not been."
     spec = MODELS[kind]
     vocab, text, held_out = read_text(kind)
-    settings = {name: spec[name] for name in ("max_steps", "batch_size", "learning_rate", "warmup_steps")} | {"output_dir": str(FOLDER), "run_name": f"{kind}-{seed}"}
-    settings |= dict(seed=seed, dtype="bf16", lr_scheduler_type="cosine", block_size=LENGTH, save_steps=100, save_total_limit=1)
+    settings = {name: spec[name] for name in ("max_steps", "learning_rate", "warmup_steps")} | {"output_dir": str(FOLDER), "run_name": f"{kind}-{seed}"}
+    settings |= dict(seed=seed, dtype="bf16", batch_size=spec.get("batch_size", 8), lr_scheduler_type="cosine", block_size=LENGTH, save_steps=100, save_total_limit=1)
     settings |= dict(eval_steps=spec["max_steps"] // 4, eval_batches=8, progress=False)
     trainer = Trainer(tiny_lm(seed, **spec["shape"]), settings, train_data=text, eval_data=held_out, vocab=vocab)
     last = trainer.run_dir / f"step-{spec['max_steps']:010d}"

@@ -113,6 +113,14 @@ def builders(model: nn.Module) -> dict[str, Callable[[], nn.Module]]:
     return found
 
 
+def benchmark_model() -> tuple[nn.Module, str]:
+    "The 12 M model as accuracy.py has trained it, or where it has not, with random weights: the time is the same."
+    from accuracy import FOLDER, trained
+
+    there = (FOLDER / "large-0").exists()
+    return (trained("large", 0) if there else tiny_lm().eval()), "trained" if there else "random"
+
+
 def first_line(error: Exception) -> str:
     "The error's kind and what its first line says."
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:160]
@@ -167,7 +175,8 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--only", default="", help="comma-separated beginnings of names; float32 is always there")
     options = parser.parse_args()
-    makers = {n: m for n, m in builders(tiny_lm().eval()).items() if n == "float32" or n.startswith(tuple(options.only.split(",")))}
+    model, weights = benchmark_model()
+    makers = {n: m for n, m in builders(model).items() if n == "float32" or n.startswith(tuple(options.only.split(",")))}
     torch._dynamo.config.recompile_limit = 64  # one process holds many compiled models; they share TinyLM's code
     tables = {}
     with torch.no_grad():
@@ -175,6 +184,7 @@ def main() -> None:
         for title, (ids, times) in CALLS.items():
             torch._dynamo.reset()
             tables[title] = time_all(models, ids, times, options.rounds) | {name: {"error": text} for name, text in errors.items()}
+    print(f"{weights} weights")
     report("inference", tables)
 
 
