@@ -64,7 +64,7 @@ _HOME = {
     "evaluate": "evaluation",
 }
 _MODULES = (
-    "account", "batches", "budget", "calibration", "checkpoint", "cli", "config", "data", "evaluation", "finetuning", "generation", "history", "kernels",
+    "account", "batches", "budget", "calibration", "checkpoint", "cli", "config", "data", "demo", "evaluation", "finetuning", "generation", "history", "kernels",
     "layers", "loss", "model", "modes", "observers", "optim", "plan", "qat", "quantization", "rounding", "step", "storage", "straight_through", "trainer",
 )  # fmt: skip
 __all__ = sorted(_HOME)

@@ -14,6 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from .demo import _build, _demo_config, _load_settings, _notes, _progress, _read_text, _table, run_demo
 
@@ -24,6 +25,16 @@ def _is_mistake(
     "Tell a mistake that qtlm explains from one that it did not foresee."
     return type(error).__module__.startswith("qtlm.")
 
+# %% ../nbs/14_cli.ipynb #parse-arguments
+def _parse(command: Callable, name: str, argv: list[str]) -> tuple[list, dict]:
+    "Return what `command` is to be called with, or exit with one line that says what is wrong in `argv`."
+    from fastcore.script import anno_parser
+
+    parser = anno_parser(command, prog=f"qtlm {name}")
+    parser.error = lambda message: parser.exit(2, f"qtlm {name}: {message}. See qtlm {name} --help.\n")
+    options = vars(parser.parse_intermixed_args(argv))
+    return options.pop("settings", []), {key: value for key, value in options.items() if key not in ("pdb", "xtra")}
+
 # %% ../nbs/14_cli.ipynb #run-command
 def _run(
     command: Callable,  # a function with docments
@@ -31,13 +42,7 @@ def _run(
     argv: list[str],  # what came after
 ) -> int:  # exit status
     "Parse `argv` for `command`, run it, and say in one line what the user did wrong."
-    from fastcore.script import anno_parser
-
-    parser = anno_parser(command, prog=f"qtlm {name}")
-    parser.error = lambda message: parser.exit(2, f"qtlm {name}: {message}. See qtlm {name} --help.\n")
-    options = vars(parser.parse_intermixed_args(argv))
-    positional = options.pop("settings", [])
-    options = {key: value for key, value in options.items() if key not in ("pdb", "xtra")}
+    positional, options = _parse(command, name, argv)
     try:
         command(*positional, **options)
     except KeyboardInterrupt:
@@ -120,6 +125,15 @@ def _quantize(
     pairs = [setting for setting in settings if "=" in setting]
     _shrink(paths[0], load_config(None, *pairs, *([] if bits is None else [f"bits={bits}"]), kind=QuantizationConfig), bits_per_weight, out)
 
+# %% ../nbs/14_cli.ipynb #show-losses
+def _show_losses(rows: dict[str, dict], as_json: bool) -> None:
+    "Print what was measured of each checkpoint: a line each, or JSON."
+    if as_json:
+        return print(json.dumps(rows, indent=2))
+    for path, row in rows.items():
+        bpb = "" if row["bits_per_byte"] is None else f", {row['bits_per_byte']:.4f} bits per byte"
+        print(f"{path}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}{bpb}")
+
 # %% ../nbs/14_cli.ipynb #evaluate
 def _evaluate(
     *settings: str,  # checkpoints: runs or step directories
@@ -142,12 +156,7 @@ def _evaluate(
         else:
             data = Tokens.from_text(load_text(text), checkpoint.vocab)
         rows[path] = evaluate(checkpoint.model, data)
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        for path, row in rows.items():
-            bpb = "" if row["bits_per_byte"] is None else f", {row['bits_per_byte']:.4f} bits per byte"
-            print(f"{path}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}{bpb}")
+    _show_losses(rows, as_json)
 
 # %% ../nbs/14_cli.ipynb #load
 def _load(path: str):
@@ -204,6 +213,13 @@ def _adopt_customs() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
+# %% ../nbs/14_cli.ipynb #no-command
+def _no_command(name: str) -> str:
+    "Say that there is no such command, and which may have been meant."
+    near = difflib.get_close_matches(name, _COMMANDS, 1)
+    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_COMMANDS)}."
+    return f"qtlm: {name!r} is no command; {hint}"
+
 # %% ../nbs/14_cli.ipynb #main
 def main(
     argv: list[str] | None = None,  # what follows the program's name; None: the process's own arguments
@@ -219,9 +235,7 @@ def main(
         print(f"qtlm {__version__}")
         return 0
     if name not in _COMMANDS:
-        near = difflib.get_close_matches(name, _COMMANDS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_COMMANDS)}."
-        print(f"qtlm: {name!r} is no command; {hint}", file=sys.stderr)
+        print(_no_command(name), file=sys.stderr)
         return 2
     _adopt_customs()
     try:

@@ -88,9 +88,10 @@ def test_fine_tuning_lowers_the_loss_on_the_other_text(here, finished):
 
     held_out = Tokens.from_text(load_text(here / "other.txt"), ByteVocab()).split(0.1)[1]
     tuned = finished["finetuning"]
-    for run, before, name in (("models/float32", "models/float32", "float32"), ("finetune-int4", "models/INT4", "INT4")):
+    for name in ("float32", "INT4"):
         assert tuned[name]["loss_after"] < tuned[name]["loss_before"] - 0.05
-        assert tuned[name]["loss_before"] == pytest.approx(evaluate(load_checkpoint(here / "whole" / before).model, held_out)["loss"], abs=1e-6)
+        before = load_checkpoint(here / "whole" / "models" / name).model
+        assert tuned[name]["loss_before"] == pytest.approx(evaluate(before, held_out)["loss"], abs=1e-6)
     tuned_model = load_checkpoint(here / "whole/models/INT4-fine-tuned").model
     assert tuned["INT4"]["loss_after"] == pytest.approx(evaluate(tuned_model, held_out)["loss"], abs=1e-6)
     assert "loss_rounded_afterwards" in tuned["float32"] and tuned["held_out_tokens"] == len(held_out) - 1
