@@ -14,7 +14,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 from .demo import _build, _demo_config, _load_settings, _notes, _progress, _read_text, _table, run_demo
 
