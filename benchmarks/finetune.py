@@ -6,21 +6,20 @@
 
 Quality: the 1 M parameter model of accuracy.py, trained on Python source, learns the C++ headers that come with torch: the same batches, schedule and rate for every way. A row's share is
 its drop in held-out loss over float32's. Speed and memory: the 12 M model, 8 x 256 ids. Lasting memory is what there is between two steps: weights, gradients, optimizer state; peak
-memory is measured in a process of its own, above what the process had before the model was made.
+is the most that a step of 32 ids allocates beside it, in a process of its own.
 """
 
 import argparse
 import copy
 import json
 import multiprocessing
-import resource
 import statistics
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from accuracy import FOLDER, LENGTH, read_text, trained
+from accuracy import FOLDER, LENGTH, peak_bytes, read_text, trained
 from common import RESULTS, in_turn, machine, random_ids, tiny_lm
 from torch import nn
 
@@ -136,16 +135,15 @@ def bytes_of(trainer: Trainer) -> dict[str, int]:
 
 
 def memory(way: str, queue) -> None:
-    "In a process of its own: lasting and peak memory of two steps."
+    "In a process of its own: what there is after two steps, and what the second allocated at most."
     torch.set_num_threads(1)
     model = tiny_lm()
     trainer = trainer_of(way, model, progress=False, batch_size=8, block_size=256)
     del model
     ids = random_ids(1, 33)  # few tokens: what a step holds for its weights, not for its activations
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    for _ in range(2):
-        trainer.training_step(ids)
-    queue.put({**bytes_of(trainer), "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before})
+    trainer.training_step(ids)  # makes the optimizer's state
+    peak = peak_bytes(lambda: trainer.training_step(ids))
+    queue.put({**bytes_of(trainer), "peak": peak})
 
 
 def memories() -> dict[str, dict]:
