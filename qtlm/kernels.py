@@ -58,7 +58,7 @@ def _row_scale(amax: Tensor, limit: int) -> Tensor:
 def _row_amax(w: Tensor) -> Tensor:
     "Return the largest magnitude of each row; refuse rows that hold NaN or infinity."
     amax = w.abs().amax(dim=1)
-    if bad := (~amax.isfinite()).nonzero().flatten().tolist():
+    if not torch.compiler.is_compiling() and (bad := (~amax.isfinite()).nonzero().flatten().tolist()):  # a graph can't raise
         raise KernelError(f"channel {bad[0]}: found NaN or infinity (in {len(bad)} of {len(amax)} channels); expected finite weights.")
     return amax
 
@@ -290,13 +290,17 @@ def _round_activations(x: Tensor, input_scale: Tensor | None, zero_point: Tensor
     return quantize_tensor(x, input_scale, zero_point), torch.add(input_scale, x.abs().amax(-1, keepdim=True).float(), alpha=0)
 
 # %% ../nbs/04_kernels.ipynb #forward
+def _multiply(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    "Return the product of rounded inputs and int8 weights, by the way that is the faster one here."
+    plain = q.device.type == "cpu" and _EXACT and q.shape[1] > 1  # where `torch._int_mm` itself may be called
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(q)
+    return (_product_in_place if plain and not traced else _product_in_blocks)(q, w, x_scale, scale, zero_point, bias, dtype)
+
+
 def _forward(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
     "Return x @ (w * scale).t() + bias, for int8 `w`, with x rounded to int8."
     q, x_scale = _round_activations(x.reshape(-1, x.shape[-1]), input_scale, zero_point)
-    plain = q.device.type == "cpu" and _EXACT and q.shape[1] > 1  # where `torch._int_mm` itself may be called
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(q)
-    product = _product_in_place if plain and not traced else _product_in_blocks
-    return product(q, w, x_scale, scale, zero_point, bias, x.dtype).view(*x.shape[:-1], w.shape[0])
+    return _multiply(q, w, x_scale, scale, zero_point, bias, x.dtype).view(*x.shape[:-1], w.shape[0])
 
 
 def _int8_weights(codes: Tensor, group_scale: Tensor | None, width: int) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import _EXACT, _forward, _product_in_blocks, _product_in_place, _round_activations, _row_scale
+from .kernels import _forward, _multiply, _round_activations, _row_scale
 from .model import _autocast
 from .observers import _grid
-from .rounding import _buffers, _Grid, _group_grid, _nearest, _row_grid, float_weights, round_weights
+from .rounding import _buffers, _covering, _Grid, _group_grid, _nearest, _row_grid, float_weights, round_weights
 
 # %% ../nbs/05b_straight_through.ipynb #straight
 class _Straight(torch.autograd.Function):
@@ -48,8 +48,8 @@ def fake_quantize(
 # %% ../nbs/05b_straight_through.ipynb #pieces
 def _pieces(t: Tensor, like: Tensor) -> list[Tensor]:
     "Return `t` in pieces, along its first dimension, so that those of `like` fit the cache; what has no such dimension goes with each."
-    rows = len(like) if torch.compiler.is_compiling() else max(1, 2**18 // max(1, like[0].numel()))
-    count = -(-len(like) // rows)
+    rows = max(1, len(like) if torch.compiler.is_compiling() else 2**18 * len(like) // max(1, like.numel()))
+    count = max(1, -(-len(like) // rows))
     return list(t.split(rows)) if t.dim() and len(t) == len(like) else [t] * count
 
 # %% ../nbs/05b_straight_through.ipynb #step-gradients
@@ -84,12 +84,6 @@ class _Step(torch.autograd.Function):
             grad_scale = (torch.cat(moves) if scale.dim() == x.dim() else sum(moves)).sum_to_size(scale.shape) * share
         return torch.cat(grads).to(x.dtype), grad_scale, None, None, None, None
 
-# %% ../nbs/05b_straight_through.ipynb #multiply
-def _multiply(q: Tensor, x_scale: Tensor, zero_point: Tensor | None, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    "Return the product that the integer layers make of rounded inputs `[M, in]`: `[M, out]` of `dtype`."
-    plain = q.device.type == "cpu" and _EXACT and q.shape[1] > 1 and not torch.compiler.is_compiling()
-    return (_product_in_place if plain else _product_in_blocks)(q, codes, x_scale, scale, zero_point, bias, dtype)
-
 # %% ../nbs/05b_straight_through.ipynb #floats
 def _floats(q: Tensor, x_scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
     "Return what codes of activations `[M, in]` stand for."
@@ -102,7 +96,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x, w, bias, q, x_scale, zero_point, codes, scale):
-        return _multiply(q, x_scale, zero_point, codes, scale, bias, x.dtype).view(*x.shape[:-1], -1)
+        return _multiply(q, codes, x_scale, scale, zero_point, bias, x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -161,41 +155,15 @@ def _weight_buffers(w: Tensor, state: _State, kept: _Kept | None = None) -> dict
     grid = kept.grid()
     return _buffers(_nearest(w.float(), grid), grid, state.bits)
 
-# %% ../nbs/05b_straight_through.ipynb #nearest-rows
-def _nearest_rows(w: Tensor) -> tuple[Tensor, Tensor]:
-    "Return codes and scales of rows, as `quantize_rows` does."
-    scale = _row_scale(torch.maximum(w.amax(1), -w.amin(1)), 127)
-    return torch.div(w, scale[:, None]).round_().to(torch.int8), scale
-
-# %% ../nbs/05b_straight_through.ipynb #nearest-groups
-def _nearest_groups(w: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    "Return int8 weights and row scales, as `quantize_groups` and `expand_groups` do."
-    groups = w.unflatten(1, (-1, size))
-    low, high = groups.amin(2), groups.amax(2)
-    top, low, high = torch.maximum(high.amax(1), -low.amin(1)), low.clamp_max(0), high.clamp_min(0)
-    scale = _row_scale(torch.maximum(top / 127, high.amax(1) / 240 - low.amin(1) / 240), 1)
-    low, high = low / scale[:, None], high / scale[:, None]
-    g = ((high - low) / 15).ceil().clamp(1, 16)
-    grid = _group_grid(scale, g, (7.5 - (low + high) / (2 * g)).round_().clamp_(0, 15))
-    return _nearest(w, grid).mul_(g[..., None]).flatten(1).to(torch.int8), scale
-
-# %% ../nbs/05b_straight_through.ipynb #nearest-int8
-def _nearest_int8(w: Tensor, state: _State) -> tuple[Tensor, Tensor]:
-    "Return int8 weights and row scales of round-to-nearest, on grids that cover the weights."
-    size = w.shape[1] if state.group_size == -1 else state.group_size
-    parts = [_nearest_rows(part.float()) if state.bits == 8 else _nearest_groups(part.float(), size) for part in _pieces(w, w)]
-    codes, scale = zip(*parts)
-    return (codes[0], scale[0]) if len(parts) == 1 else (torch.cat(codes), torch.cat(scale))
-
 # %% ../nbs/05b_straight_through.ipynb #int8-form
 def _int8_form(w: Tensor, state: _State, kept: _Kept | None = None) -> tuple[Tensor, Tensor]:
     "Return the same as int8 `[out, in]`, which is what is multiplied, and the scales."
-    if kept is not None:
-        grid = kept.grid()
-        parts = zip(_pieces(w, w), *(_pieces(t, w) for t in vars(grid).values()))
-        codes = [_nearest(part.float(), _Grid(*own)).mul_(own[1][..., None]).flatten(1).to(torch.int8) for part, *own in parts]
-        return codes[0] if len(codes) == 1 else torch.cat(codes), grid.scale
-    return _nearest_int8(w, state)
+    size = None if state.bits == 8 else w.shape[1] if state.group_size == -1 else state.group_size
+    pieces = _pieces(w, w)
+    grids = [_covering(piece.float(), size) for piece in pieces] if kept is None else map(_Grid, *(_pieces(t, w) for t in vars(kept.grid()).values()))
+    parts = [((_nearest(piece.float(), grid) * grid.g[..., None]).flatten(1).to(torch.int8), grid.scale) for piece, grid in zip(pieces, grids)]
+    codes, scales = zip(*parts)
+    return (codes[0], scales[0]) if len(parts) == 1 else (torch.cat(codes), torch.cat(scales))
 
 # %% ../nbs/05b_straight_through.ipynb #learned-edge
 def _kept_edge(w: Tensor, state: _State, kept: _Kept) -> Tensor:
