@@ -282,6 +282,13 @@ def _product_in_blocks(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zer
             whole[:, i : i + columns] = blocks.pop()
     return whole if whole is not None else blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
+
+def _multiply(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    "Return the product of rounded inputs and int8 weights, by the way that is the faster one here."
+    plain = q.device.type == "cpu" and _EXACT and q.shape[1] > 1  # where `torch._int_mm` itself may be called
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(q)
+    return (_product_in_place if plain and not traced else _product_in_blocks)(q, w, x_scale, scale, zero_point, bias, dtype)
+
 # %% ../nbs/04_kernels.ipynb #round-activations
 def _round_activations(x: Tensor, input_scale: Tensor | None, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
     "Return int8 codes of tokens `[M, K]` and their scales `[M, 1]`, measured or given; NaN for a token that is not finite."
@@ -290,13 +297,6 @@ def _round_activations(x: Tensor, input_scale: Tensor | None, zero_point: Tensor
     return quantize_tensor(x, input_scale, zero_point), torch.add(input_scale, x.abs().amax(-1, keepdim=True).float(), alpha=0)
 
 # %% ../nbs/04_kernels.ipynb #forward
-def _multiply(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    "Return the product of rounded inputs and int8 weights, by the way that is the faster one here."
-    plain = q.device.type == "cpu" and _EXACT and q.shape[1] > 1  # where `torch._int_mm` itself may be called
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(q)
-    return (_product_in_place if plain and not traced else _product_in_blocks)(q, w, x_scale, scale, zero_point, bias, dtype)
-
-
 def _forward(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
     "Return x @ (w * scale).t() + bias, for int8 `w`, with x rounded to int8."
     q, x_scale = _round_activations(x.reshape(-1, x.shape[-1]), input_scale, zero_point)
