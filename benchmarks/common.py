@@ -4,6 +4,7 @@ Machines are shared and noisy, so nothing here reports an absolute time alone: a
 process, and each is given as the median over rounds of its ratio to the first, within the same round.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -70,6 +71,26 @@ def machine() -> dict:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
     }
+
+
+def two_parts(description: str, name: str, speed: Callable[[argparse.Namespace], dict], quality: Callable[[int, str], dict], *flags: str) -> None:
+    "The command line of a benchmark of speed and quality: runs what is asked for, and keeps in results/NAME.json what is not measured anew."
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--only", default="", help="rows of quality whose name holds this")
+    parser.add_argument("--rounds", type=int, default=8)
+    for flag in ("--speed", "--quality", *flags):
+        parser.add_argument(flag, action="store_true")
+    options, path = parser.parse_args(), RESULTS / f"{name}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    both = options.speed == options.quality
+    write = lambda: path.write_text(json.dumps({**found, "machine": machine()}, indent=1) + "\n")
+    if options.speed or both:
+        found |= speed(options)
+        write()
+    for seed in options.seeds if options.quality or both else ():
+        found.setdefault("quality", {}).setdefault(str(seed), {}).update(quality(seed, options.only))
+        write()
 
 
 def report(name: str, tables: dict[str, dict]) -> None:

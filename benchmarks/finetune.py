@@ -9,9 +9,7 @@ its drop in held-out loss over float32's. Speed and memory: the 12 M model, 8 x 
 is the most that a step of 32 ids allocates beside it, in a process of its own.
 """
 
-import argparse
 import copy
-import json
 import multiprocessing
 import statistics
 from functools import partial
@@ -20,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accuracy import FOLDER, LENGTH, peak_bytes, read_text, trained
-from common import RESULTS, in_turn, machine, random_ids, tiny_lm
+from common import in_turn, random_ids, tiny_lm, two_parts
 from torch import nn
 
 from qtlm import QuantLinear, Trainer, quantize_model_ptq
@@ -176,24 +174,5 @@ def speed(rounds: int) -> dict[str, dict]:
     return tables
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--only", default="", help="ways whose name holds this; float32 is always there")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--speed", action="store_true")
-    parser.add_argument("--quality", action="store_true")
-    options = parser.parse_args()
-    path = RESULTS / "finetune.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    both = options.speed == options.quality
-    if options.speed or both:
-        found |= {"speed": speed(options.rounds), "memory": memories()}
-    for seed in options.seeds if options.quality or both else ():
-        found.setdefault("quality", {}).setdefault(str(seed), {}).update(quality(seed, options.only))
-        path.write_text(json.dumps({**found, "machine": machine()}, indent=1) + "\n")
-    path.write_text(json.dumps({**found, "machine": machine()}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    two_parts(__doc__.splitlines()[0], "finetune", lambda options: {"speed": speed(options.rounds), "memory": memories()}, quality)

@@ -13,15 +13,14 @@ Speed: one `Trainer.training_step` of the 12 M model on 8 x 256 ids, the ratio t
 import argparse
 import copy
 import importlib.util
-import json
 import math
 import shutil
 import statistics
 from functools import partial
 
 import torch
-from accuracy import LENGTH, MODELS, or_error, read_text, trained
-from common import RESULTS, in_turn, machine, random_ids, tiny_lm
+from accuracy import LENGTH, MODELS, read_text, trained
+from common import in_turn, random_ids, tiny_lm, two_parts
 from torch import nn
 
 from qtlm import Trainer, convert_qat, prepare_qat, quantize_model_ptq
@@ -135,27 +134,11 @@ def speed(rounds: int, compiled: bool) -> dict[str, dict]:
     return tables
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--only", default="", help="rows of quality whose name holds this")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--speed", action="store_true")
-    parser.add_argument("--quality", action="store_true")
-    parser.add_argument("--no-compile", action="store_true")
-    options = parser.parse_args()
-    path = RESULTS / "qat.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    both = options.speed == options.quality
-    if options.speed or both:
-        torch._dynamo.config.recompile_limit = 64
-        found["speed"] = speed(options.rounds, not options.no_compile and bool(shutil.which("g++") or shutil.which("clang++")))
-    for seed in options.seeds if options.quality or both else ():
-        rows = or_error(partial(quality, seed, options.only))
-        found.setdefault("quality", {}).setdefault(str(seed), {}).update(rows if isinstance(rows, dict) else {"error": rows})
-        path.write_text(json.dumps({**found, "machine": machine()}, indent=1) + "\n")
-    path.write_text(json.dumps({**found, "machine": machine()}, indent=1) + "\n")
+def all_speeds(options: argparse.Namespace) -> dict[str, dict]:
+    "Eager, and compiled where there is a compiler for it."
+    torch._dynamo.config.recompile_limit = 64
+    return {"speed": speed(options.rounds, not options.no_compile and bool(shutil.which("g++") or shutil.which("clang++")))}
 
 
 if __name__ == "__main__":
-    main()
+    two_parts(__doc__.splitlines()[0], "qat", all_speeds, quality, "--no-compile")
