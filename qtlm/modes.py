@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .account import get_quantization_info
 from .batches import as_batches
 from .config import TrainingConfig
 from .data import DataError
@@ -68,7 +69,12 @@ def make_trainable_(
     "Turn `model` into what the configuration trains: its layers prepared, or its codes enabled; a float run changes nothing."
     if config.enable_quantized_finetuning:
         enable_finetuning_(model, config.quantized_finetuning)
-    elif config.quantization_mode == "qat" and _state_of(model) != "prepared":
+    elif config.quantization_mode == "qat" and _state_of(model) == "prepared":
+        info = get_quantization_info(model)
+        for name, found in (("quantization_bits", info.bits), ("quantization_type", info.type)):
+            if name in config.model_fields_set and getattr(config, name) != found != "mixed":
+                raise QuantizationError(f"Trainer: {name} is {getattr(config, name)!r} and the model is prepared for {found!r}; expected one of them. Leave the field out, or prepare the float model anew.")
+    elif config.quantization_mode == "qat":
         settings = config.quantization()
         prepare_qat(model, settings, _first_batches(train_data, config) if settings.type == "static" else None, inplace=True)
 

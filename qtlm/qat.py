@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import _kept as _undisturbed
-from .calibration import _observe, Calibration
+from .calibration import Calibration
 from .config import QuantizationConfig, TrainingConfig
 from .layers import _check_model, _close_fast_paths_, _empty_weights, _integer_layer, _kind, _matrix, _Quantized, _weight_key, QuantizationError
 from .plan import _plan, _settings, _Task
-from .quantization import _check_metadata, _check_place, _check_ties, _seen, _sqnr, _swap, quantize_model_ptq
+from .quantization import _check_float, _check_metadata, _check_place, _check_ties, _seen, _sqnr, _swap, quantize_model_ptq
 from .rounding import _Grid, _nearest, _weights
 from .straight_through import _FakeQuantEmbedding, _FakeQuantized, _FakeQuantLinear, _Kept, _range_buffers, _State, fake_quantize  # noqa: F401
 
@@ -68,17 +68,6 @@ def _turn_task_(task: _Task, seen: Calibration | None, learns: bool, start: nn.M
         static = task.config.type == "static" and layer in task.linear
         ranges = _range_buffers(seen.layers[layer.name].observer) if static else {}
         _turn_(layer.module, _State(task.bits, task.group_size, rounding, _kind(layer.module)), ranges, kept)
-
-# %% ../nbs/06_qat.ipynb #check-qat
-def _check_float(model: nn.Module) -> None:
-    "Refuse what is prepared, quantized or being watched already."
-    for name, module in model.named_modules():
-        if isinstance(module, _Quantized):
-            raise QuantizationError(f"{name}: is quantized already; expected a float model. Take the original, or dequantize_model(model).")
-        if isinstance(module, _FakeQuantized):
-            raise QuantizationError(f"{name}: is prepared already; expected a float model. Train it, then convert_qat(model).")
-        if any(getattr(hook, "func", None) is _observe for hook in module._forward_pre_hooks.values()):
-            raise QuantizationError("model: is being watched; expected the `with calibrate(...)` block to have ended.")
 
 # %% ../nbs/06_qat.ipynb #copied
 def _copied(model: nn.Module) -> nn.Module:

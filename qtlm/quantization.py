@@ -347,6 +347,17 @@ def _seen(model: nn.Module, tasks: list[_Task], config: QuantizationConfig, data
     return seen, kept
 
 # %% ../nbs/05_quantization.ipynb #quantize-model-ptq
+def _check_float(model: nn.Module) -> None:
+    "Refuse what is quantized, in quantization-aware training, or being watched."
+    for name, module in model.named_modules():
+        if isinstance(module, _Quantized):
+            raise QuantizationError(f"{name}: is quantized already; expected a float model. Quantize the original, or dequantize_model(model) first.")
+        if "qat" in vars(module):
+            raise QuantizationError(f"{name}: is prepared already; expected a float model. Train it, then convert_qat(model) gives the integer model.")
+        if any(getattr(hook, "func", None) is _observe for hook in module._forward_pre_hooks.values()):
+            raise QuantizationError("model: is being watched; expected the `with calibrate(...)` block to have ended. Quantize after it.")
+
+
 def quantize_model_ptq(
     model: nn.Module,  # any module with nn.Linear, nn.Embedding or transformers' Conv1D in it
     config: QuantizationConfig | TrainingConfig | dict | None = None,  # what to do; None: INT8, dynamic
@@ -360,12 +371,7 @@ def quantize_model_ptq(
     settings = _settings(config, overrides)
     if settings.mode != "ptq":
         raise QuantizationError(f"mode: found {settings.mode!r}; expected 'ptq'. Training with the rounding switched on is another verb's work.")
-    if (prepared := get_quantization_info(model)).mode and all("qat" in vars(model.get_submodule(name)) for name in prepared.layers):
-        raise QuantizationError("model: is in quantization-aware training; expected a float model. convert_qat(model) gives the integer model.")
-    if done := next((name for name, module in model.named_modules() if isinstance(module, _Quantized)), None):
-        raise QuantizationError(f"{done}: is quantized already; expected a float model. Quantize the original, or dequantize_model(model) first.")
-    if any(getattr(hook, "func", None) is _observe for m in model.modules() for hook in m._forward_pre_hooks.values()):
-        raise QuantizationError("model: is being watched; expected the `with calibrate(...)` block to have ended. Quantize after it.")
+    _check_float(model)
     tasks, left_alone = _plan(model, settings)
     with torch.inference_mode(False):  # buffers made inside inference mode could never take part in a backward pass
         after = any(t.rounding == "gptq" for t in tasks) and settings.sequential and not isinstance(calibration_data, Calibration)
