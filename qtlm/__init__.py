@@ -58,6 +58,7 @@ _HOME = {
     "NonFiniteLossError": "trainer",
     "Trainer": "trainer",
     "resume_training": "trainer",
+    "assert_resume_exact": "resume",
     "generate": "generation",
     "Comparison": "evaluation",
     "compare": "evaluation",
@@ -65,7 +66,7 @@ _HOME = {
 }
 _MODULES = (
     "account", "batches", "budget", "calibration", "checkpoint", "cli", "config", "data", "demo", "evaluation", "finetuning", "generation", "history", "kernels",
-    "layers", "loss", "model", "modes", "observers", "optim", "plan", "qat", "quantization", "rounding", "step", "storage", "straight_through", "trainer",
+    "layers", "loss", "model", "modes", "observers", "optim", "plan", "qat", "quantization", "resume", "rounding", "step", "storage", "straight_through", "trainer",
 )  # fmt: skip
 __all__ = sorted(_HOME)
 
@@ -137,6 +138,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .qat import prepare_qat as prepare_qat
     from .quantization import dequantize_model as dequantize_model
     from .quantization import quantize_model_ptq as quantize_model_ptq
+    from .resume import assert_resume_exact as assert_resume_exact
     from .storage import CheckpointError as CheckpointError
     from .trainer import NonFiniteLossError as NonFiniteLossError
     from .trainer import Trainer as Trainer

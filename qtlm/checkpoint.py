@@ -114,8 +114,14 @@ def _environment(model: nn.Module) -> dict:
     try: version = importlib.metadata.version("qtlm")
     except importlib.metadata.PackageNotFoundError: version = "unknown"
     device = next((str(t.device) for t in _live(model).values()), "cpu")
-    return {"qtlm": version, "torch": str(torch.__version__), "python": platform.python_version(), "device": device,
+    return {"qtlm": version, "torch": str(torch.__version__), "python": platform.python_version(), "device": device, "machine": platform.machine(),
+            "instructions": torch.backends.cpu.get_cpu_capability(), "tf32": torch.get_float32_matmul_precision() != "highest",
             "threads": torch.get_num_threads(), "deterministic": torch.are_deterministic_algorithms_enabled()}
+
+def _environment_differences(saved: dict, model: nn.Module) -> list[str]:
+    "Say in what this machine differs from the one that `saved` describes, so far as the bits of a run depend on it."
+    now = _environment(model)
+    return [f"{name} {now[name]} (saved: {saved[name]})" for name in now if name != "python" and saved.get(name, now[name]) != now[name]]
 
 # %% ../nbs/08_checkpoint.ipynb #metadata
 _CONFIGS = {c.__name__: c for c in (TrainingConfig, ModelConfig, QuantizationConfig, LoRAConfig, ViTConfig)}

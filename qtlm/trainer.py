@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import as_batches, is_batches, mean_loss, rng_state, seeded, set_rng_state_, split_batch
-from .checkpoint import CheckpointError, CheckpointMismatchError, CheckpointWriteError, latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointError, CheckpointMismatchError, CheckpointWarning, CheckpointWriteError, _environment_differences, latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainingConfig
 from .data import Batches, DataError, Tokens, check_split
 from .finetuning import zero_gradients_
@@ -257,6 +257,9 @@ def _resume_from(trainer: "Trainer", source: str | os.PathLike) -> None:
         raise ConfigError(f"resume_from_checkpoint: {source!r}; expected True, 'auto', or the path of a run or a step directory.")
     checkpoint = load_checkpoint(source, model=trainer.model, optimizer=trainer.optimizer, trainer=trainer)
     _follow_config_(trainer.optimizer, trainer.config)
+    if differing := _environment_differences(checkpoint.metadata.get("environment", {}), trainer.model):
+        text = f"{checkpoint.path}: another environment, {', '.join(differing)}; the run goes on, but perhaps not to the last bit"
+        warnings.warn(CheckpointWarning(text), stacklevel=4)
     trainer.vocab = checkpoint.vocab if trainer.vocab is None else trainer.vocab
     trainer._saved_step, trainer._home = trainer.step, checkpoint.path.parent
 
