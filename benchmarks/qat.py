@@ -6,7 +6,8 @@
 
 Quality: the 1 M parameter model of accuracy.py, trained, goes on for the same further steps on the same batches: in full precision, and with the rounding on. All are measured on the
 same 65,536 held-out ids; a row's loss is given as its difference from the model that went on in full precision, the mean over windows with its standard error, for each seed.
-"Afterwards" is that model, rounded to nearest. Recovered: (loss afterwards - loss with QAT) / (loss afterwards - loss in full precision).
+"Afterwards" is that model, rounded to nearest. "Distilled": half of the loss is the divergence from the predictions of the model
+as it was before the further steps; what that alone does is the row "float32, distilled". Recovered: (loss afterwards - loss with QAT) / (loss afterwards - loss in full precision).
 Speed: one `Trainer.training_step` of the 12 M model on 8 x 256 ids, the ratio to the same trainer without QAT in the same round.
 """
 
@@ -35,7 +36,15 @@ SCHEMES = {  # as the verbs are told; "row": 4 bits with one scale a row
     "INT8 static, minmax": dict(bits=8, type="static", observer="minmax"),
     "INT4 row, static": dict(bits=4, group_size=-1, type="static"),
 }
-WAYS = {"": {}, ", learned scales": {"learned_scales": True}, ", learned scales, from GPTQ": {"learned_scales": True, "rounding": "gptq"}}
+LEARNED, DISTILLED = {"learned_scales": True}, {"distillation_weight": 0.5, "distillation_temperature": 1.0}
+WAYS = {  # what the verb is told besides, and the trainer
+    "": ({}, {}),
+    ", learned scales": (LEARNED, {}),
+    ", learned scales, from GPTQ": (LEARNED | {"rounding": "gptq"}, {}),
+    ", distilled": ({}, DISTILLED),
+    ", learned scales, distilled": (LEARNED, DISTILLED),
+}
+LEFT_OUT = {"INT8 default": ("from GPTQ", "learned"), "INT8 static, minmax": ("from GPTQ", "learned"), "INT4 row, static": ("from GPTQ",)}  # what those schemes hardly need
 TORCHAO = "torchao, INT4 / 32"
 
 
@@ -51,10 +60,10 @@ def window_losses(model: nn.Module, held_out) -> list[float]:
     return losses
 
 
-def go_on(model: nn.Module, seed: int, text, **fields) -> nn.Module:
-    "Train a copy further."
-    model = copy.deepcopy(model).train()
-    trainer = Trainer(model, FURTHER | fields, seed=1000 + seed, train_data=text, progress=False, output_dir=None)
+def go_on(model: nn.Module, seed: int, text, teacher: nn.Module | None = None, **fields) -> nn.Module:
+    "Train a copy further; a `teacher` is asked where `fields` have a distillation_weight."
+    model, given = copy.deepcopy(model).train(), {"teacher": teacher} if "distillation_weight" in fields else {}
+    trainer = Trainer(model, FURTHER | fields, seed=1000 + seed, train_data=text, progress=False, output_dir=None, **given)
     trainer.train()
     return trainer.model.eval()
 
@@ -89,14 +98,17 @@ def quality(seed: int, only: str) -> dict[str, dict]:
     float_model = go_on(model, seed, text)
     base, rows = window_losses(float_model, held_out), {}
     rows["float32"] = {"loss": statistics.mean(base), "before": statistics.mean(window_losses(model, held_out))}
+    if only in "float32, distilled":
+        rows["float32, distilled"] = difference(window_losses(go_on(model, seed, text, model, **DISTILLED), held_out), base)
+        print(seed, "float32, distilled", rows["float32, distilled"], flush=True)
     for name, scheme in SCHEMES.items():
         data = calibration if scheme.get("type") == "static" else None
         after = difference(window_losses(quantize_model_ptq(float_model, calibration_data=data, **{"rounding": "nearest"} | scheme), held_out), base)
-        for way, more in WAYS.items():
-            if only not in name + way:
+        for way, (more, training) in WAYS.items():
+            if only not in name + way or any(word in way for word in LEFT_OUT.get(name, ())):
                 continue
             needs = calibration if scheme.get("type") == "static" or "rounding" in more else None
-            aware = go_on(prepare_qat(model, calibration_data=needs, **scheme | more), seed, text, quantization_mode="qat")
+            aware = go_on(prepare_qat(model, calibration_data=needs, **scheme | more), seed, text, model, quantization_mode="qat", **training)
             row = difference(window_losses(convert_qat(aware), held_out), base)
             rows[name + way] = row | {"afterwards": after["increase"], "recovered": 1 - row["increase"] / after["increase"]}
             print(seed, name + way, rows[name + way], flush=True)

@@ -53,6 +53,8 @@ _HOME = {
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
     "verify_checkpoint": "checkpoint",
+    "Inspection": "inspection",
+    "inspect_checkpoint": "inspection",
     "Callback": "history",
     "History": "history",
     "NonFiniteLossError": "trainer",
@@ -65,7 +67,7 @@ _HOME = {
     "evaluate": "evaluation",
 }
 _MODULES = (
-    "account", "batches", "budget", "calibration", "checkpoint", "cli", "config", "data", "demo", "evaluation", "finetuning", "generation", "history", "kernels",
+    "account", "batches", "budget", "calibration", "checkpoint", "cli", "config", "data", "demo", "evaluation", "finetuning", "generation", "history", "inspection", "kernels",
     "layers", "loss", "model", "modes", "observers", "optim", "plan", "qat", "quantization", "resume", "rounding", "step", "storage", "straight_through", "trainer",
 )  # fmt: skip
 __all__ = sorted(_HOME)
@@ -122,6 +124,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .generation import generate as generate
     from .history import Callback as Callback
     from .history import History as History
+    from .inspection import Inspection as Inspection
+    from .inspection import inspect_checkpoint as inspect_checkpoint
     from .layers import QuantEmbedding as QuantEmbedding
     from .layers import QuantizationError as QuantizationError
     from .layers import QuantLinear as QuantLinear

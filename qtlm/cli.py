@@ -14,6 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from .demo import _build, _demo_config, _load_settings, _notes, _progress, _read_text, _table, run_demo
 
@@ -123,6 +124,54 @@ def _quantize(
         raise ConfigError(f"quantize: found {len(paths)} checkpoints; expected one, then name=value settings.")
     pairs = [setting for setting in settings if "=" in setting]
     _shrink(paths[0], load_config(None, *pairs, *([] if bits is None else [f"bits={bits}"]), kind=QuantizationConfig), bits_per_weight, out)
+
+# %% ../nbs/14_cli.ipynb #show-reports
+def _show_reports(reports: list, as_json: bool) -> None:
+    "Print what was found of each step."
+    if as_json:
+        print(json.dumps([{**vars(report), "path": str(report.path), "error": report.error and str(report.error)} for report in reports], indent=1))
+        return
+    for report in reports:
+        print(f"{report.path}: sound, {sum(report.files.values()):,} bytes, SHA-256 {report.digest}" if report.ok else str(report.error))
+
+# %% ../nbs/14_cli.ipynb #verify
+def _verify(
+    checkpoint: str,  # a step directory, or a run: then each of its steps
+    sha256: str | None = None,  # the digest that a single checkpoint must have, known from elsewhere
+    as_json: bool = False,  # print JSON instead of lines
+):
+    "Compare every byte of a checkpoint with what was written. Example: qtlm verify checkpoints/book"
+    from qtlm.checkpoint import CheckpointError, CheckpointUnsafeError, verify_checkpoint
+    from qtlm.storage import find_steps
+
+    reports = [verify_checkpoint(step) for step in find_steps(Path(checkpoint))]
+    _show_reports(reports, as_json)
+    if sha256 and sha256 not in [report.digest for report in reports]:
+        raise CheckpointUnsafeError(checkpoint, f"digest {reports[0].digest}", sha256, "This is not the checkpoint that was pinned.")
+    if bad := sum(not report.ok for report in reports):
+        raise CheckpointError(checkpoint, f"{bad} of {len(reports)} steps not sound", "all", "Delete those, or copy them again.")
+
+# %% ../nbs/14_cli.ipynb #save-plot
+def _save_plot(found, path: str) -> None:
+    "Draw what has a plot into a PNG file, without a window."
+    import matplotlib
+
+    matplotlib.use("Agg")
+    found.plot().savefig(path)
+
+# %% ../nbs/14_cli.ipynb #inspect
+def _inspect(
+    checkpoint: str,  # a step directory, or a run: its newest sound step
+    as_json: bool = False,  # print JSON instead of lines
+    plot: str | None = None,  # a PNG file to draw the bytes of each tensor into
+):
+    "Say what is in a checkpoint, and where its bytes went. Example: qtlm inspect checkpoints/book --plot bytes.png"
+    from qtlm.inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(checkpoint)
+    print(json.dumps(found.to_dict(), indent=1) if as_json else found)
+    if plot:
+        _save_plot(found, plot)
 
 # %% ../nbs/14_cli.ipynb #show-losses
 def _show_losses(rows: dict[str, dict], as_json: bool) -> None:
@@ -244,7 +293,7 @@ def main(
         return 0
 
 # %% ../nbs/14_cli.ipynb #commands
-_COMMANDS = {"demo": _demo, "train": _train, "quantize": _quantize, "evaluate": _evaluate, "generate": _generate}
+_COMMANDS = {"demo": _demo, "train": _train, "quantize": _quantize, "evaluate": _evaluate, "generate": _generate, "inspect": _inspect, "verify": _verify}
 
 
 def _usage() -> str:

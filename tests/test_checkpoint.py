@@ -12,7 +12,6 @@ import random
 import shutil
 import struct
 import sys
-import tempfile
 import warnings
 import zipfile
 from collections import Counter
@@ -47,14 +46,6 @@ from qtlm.quantization import get_quantization_info, quantize_model_ptq
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS", "EACCES", "EMFILE")
 LEFTOVERS = (".tmp-", ".del-")
 warnings.filterwarnings("ignore", "This process", DeprecationWarning)  # newer Pythons warn of forks
-
-
-@pytest.fixture
-def room():
-    "A new directory in memory, gone after the test."
-    path = Path(tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
-    yield path
-    shutil.rmtree(path)
 
 
 def net(value=0.5):

@@ -21,14 +21,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import ERRORS, Recorder, damage, fails, in_child, leftovers, net, room, trained  # noqa: F401
+from test_checkpoint import Recorder, damage, fails, in_child, leftovers, net, trained
 
 from qtlm import storage
 from qtlm.checkpoint import (
     CheckpointCorruptedError,
     CheckpointError,
     CheckpointIncompleteError,
-    CheckpointWarning,
     CheckpointWriteError,
     latest_checkpoint,
     load_checkpoint,
