@@ -198,7 +198,7 @@ def _revive(path: Path, metadata: dict, what: str, data):
     kind = metadata.get(f"{what}_kind")
     try:
         if what == "config" and kind in _CONFIGS and data is not None: return _CONFIGS[kind](**data)
-        return load_vocab(data) if what == "vocab" and kind in ("ByteVocab", "BPEVocab") and data is not None else data
+        return load_vocab(data) if what == "vocab" and kind in ("ByteVocab", "CharVocab", "BPEVocab") and data is not None else data
     except (ValueError, TypeError) as e:
         raise CheckpointMismatchError(path, f"no {kind} of this qtlm ({e})", f"a valid {what}", file=f"{what}.json") from None
 

@@ -1,0 +1,107 @@
+# python tests/golden.py            # makes the kinds that are missing; those that are there are never made again
+"""Checkpoints that must load for ever: one tiny run of each kind, saved in its middle, and the logits that its model gave.
+
+They lie in `checkpoints/golden/format-1/`, one folder a kind, and `golden.json` beside them. A new format gets a new folder; what is there stays as it is.
+"""
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+from qtlm import QuantizationConfig, TinyLM, TrainingConfig, quantize_model_ptq
+from qtlm.checkpoint import save_checkpoint, verify_checkpoint
+from qtlm.data import CharVocab
+from qtlm.trainer import Trainer
+
+GOLDEN = Path(__file__).resolve().parent.parent / "checkpoints" / "golden" / "format-1"
+TEXT = "it was a dark and stormy night, and the brig tossed on the waves. " * 8
+SHAPE = dict(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, block_size=16, dropout=0.1)
+PROMPTS = torch.arange(32).view(2, 16)
+TRAINING = {  # runs that are saved in their middle
+    "float32": {},
+    "bf16": {"dtype": "bf16"},
+    "qat-int8": {"quantization_mode": "qat"},
+    "qat-int8-static": {"quantization_mode": "qat", "quantization_type": "static"},
+    "qat-int4": {"quantization_mode": "qat", "quantization_bits": 4},
+    "qat-int4-learned": {"quantization_mode": "qat", "quantization_bits": 4, "quantization_learned_scales": True},
+    "finetune-int8": {"enable_quantized_finetuning": True},
+    "finetune-int4": {"enable_quantized_finetuning": True, "quantization_bits": 4},
+}
+QUANTIZED = {  # models alone
+    "int8": {},
+    "int4": {"bits": 4},
+    "int8-static": {"type": "static"},
+    "int4-gptq": {"bits": 4, "rounding": "gptq"},
+    "mixed": {"bits": 4, "overrides": {"model.layers.0.mlp.*": {"bits": 8}}},
+}
+
+
+def vocabulary(): return CharVocab(sorted(set(TEXT)))
+
+
+def ids(): return vocabulary().encode(TEXT)
+
+
+def model():
+    "The same float model each time."
+    return TinyLM(**SHAPE, generator=torch.Generator().manual_seed(7))
+
+
+def trainer(fields, start=None):
+    "A run over the text."
+    start = model() if start is None else start
+    if fields.get("enable_quantized_finetuning"): start = quantize_model_ptq(start, bits=fields.get("quantization_bits", 8))
+    settings = dict(max_steps=6, batch_size=2, block_size=16, learning_rate=1e-2, eval_steps=2, warmup_steps=2, lr_scheduler_type="cosine", progress=False)
+    return Trainer(start, TrainingConfig(**settings | fields), train_data=ids()[:400], eval_data=ids()[400:], vocab=vocabulary())
+
+
+def logits(net):
+    "What a model says of the prompts."
+    with torch.no_grad(): return net.eval()(PROMPTS)
+
+
+def make(kind, folder):
+    "Save a checkpoint of one kind; return its model."
+    if kind in TRAINING:
+        run = trainer(TRAINING[kind])
+        run.callbacks.append(StopAt(3))
+        run.train()
+        run.save(folder)
+        return run.model
+    float_model = trainer({})
+    float_model.train()
+    calibration = [(ids()[i : i + 16][None], ids()[i + 1 : i + 17][None]) for i in range(0, 320, 16)]
+    net = quantize_model_ptq(float_model.model, QuantizationConfig(**QUANTIZED[kind]), calibration)
+    save_checkpoint(net, vocab=vocabulary(), step=6, path=folder)
+    return net
+
+
+class StopAt:
+    "Stops a run after some step."
+    def __new__(cls, step):
+        from qtlm.history import Callback
+
+        class Stop(Callback):
+            def on_step_end(self, run): run.stop() if run.step == step else None
+        return Stop()
+
+
+def main():
+    torch.set_num_threads(1)
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    file = GOLDEN / "golden.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    for kind in (*TRAINING, *QUANTIZED):
+        if kind in known: continue
+        net = make(kind, GOLDEN / kind)
+        step = next((GOLDEN / kind).glob("step-*"))
+        known[kind] = {"sha256": verify_checkpoint(step).digest, "torch": str(torch.__version__), "logits": [round(x, 6) for x in logits(net)[:, -1].flatten().tolist()]}
+        for hint in ("latest", "best", ".lock"): (GOLDEN / kind / hint).unlink(missing_ok=True)
+        print(kind, sum(p.stat().st_size for p in step.iterdir()), "bytes")
+    file.write_text(json.dumps(known, indent=0) + "\n")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    main()
