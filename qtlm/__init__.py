@@ -67,7 +67,7 @@ _HOME = {
     "evaluate": "evaluation",
 }
 _MODULES = (
-    "account", "batches", "budget", "calibration", "checkpoint", "cli", "config", "data", "demo", "evaluation", "finetuning", "generation", "history", "inspection", "kernels",
+    "account", "base", "batches", "budget", "calibration", "checkpoint", "cli", "config", "data", "demo", "evaluation", "finetuning", "generation", "history", "inspection", "kernels",
     "layers", "loss", "model", "modes", "observers", "optim", "plan", "qat", "quantization", "resume", "rounding", "step", "storage", "straight_through", "trainer",
 )  # fmt: skip
 __all__ = sorted(_HOME)

@@ -11,10 +11,8 @@ __all__ = ['save_checkpoint', 'Checkpoint', 'load_checkpoint', 'latest_checkpoin
 # %% ../nbs/08_checkpoint.ipynb #imports
 import copy
 import dataclasses
-import importlib.metadata
 import math
 import os
-import platform
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base import _environment, _frozen_of, describe_frozen
 from .config import LoRAConfig, ModelConfig, QuantizationConfig, TrainingConfig, ViTConfig
 from .data import Vocab, load_vocab
 from .model import TinyLM
@@ -108,21 +107,6 @@ def _as_data(value):
     if dataclasses.is_dataclass(value): return dataclasses.asdict(value)
     return vars(value) if hasattr(value, "__dict__") and not isinstance(value, (dict, list)) else value
 
-# %% ../nbs/08_checkpoint.ipynb #environment
-def _environment(model: nn.Module) -> dict:
-    "Return what the bits of a run depend on besides its state."
-    try: version = importlib.metadata.version("qtlm")
-    except importlib.metadata.PackageNotFoundError: version = "unknown"
-    device = next((str(t.device) for t in _live(model).values()), "cpu")
-    return {"qtlm": version, "torch": str(torch.__version__), "python": platform.python_version(), "device": device, "machine": platform.machine(),
-            "instructions": torch.backends.cpu.get_cpu_capability(), "tf32": torch.get_float32_matmul_precision() != "highest",
-            "threads": torch.get_num_threads(), "deterministic": torch.are_deterministic_algorithms_enabled()}
-
-def _environment_differences(saved: dict, model: nn.Module) -> list[str]:
-    "Say in what this machine differs from the one that `saved` describes, so far as the bits of a run depend on it."
-    now = _environment(model)
-    return [f"{name} {now[name]} (saved: {saved[name]})" for name in now if name != "python" and saved.get(name, now[name]) != now[name]]
-
 # %% ../nbs/08_checkpoint.ipynb #metadata
 _CONFIGS = {c.__name__: c for c in (TrainingConfig, ModelConfig, QuantizationConfig, LoRAConfig, ViTConfig)}
 
@@ -146,9 +130,12 @@ def _param_names(model: nn.Module, optimizer) -> list[list[str]]:
     return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
 
 # %% ../nbs/08_checkpoint.ipynb #gather
-def _gather(model, optimizer, config, vocab, step, trainer, metrics) -> dict[str, bytes]:
+def _gather(model, optimizer, config, vocab, step, trainer, metrics, save_frozen) -> dict[str, bytes]:
     "Return the content of every file of a checkpoint but its seal; `metadata.json` comes last and names the others."
     live, metadata, files = _live(model), _metadata(model, step, config, vocab, metrics), {}
+    if not save_frozen and (frozen := describe_frozen(model)):
+        live = {name: t for name, t in live.items() if name not in frozen["tensors"]}
+        metadata |= {"frozen": frozen, "aliases": {name: first for name, first in metadata["aliases"].items() if first in live}}
     files["model.pt"] = to_pt({n: t for n, t in live.items() if n not in metadata["aliases"]}, "model.pt")
     _refuse_nonfinite(CheckpointWriteError, "model", model, live)
     _check_vocab(CheckpointWriteError, "vocab", vocab, model)
@@ -175,6 +162,7 @@ def save_checkpoint(
     metrics: dict | None = None,  # noted in `metadata.json`
     best: bool = False,  # whether to remember this step as the best: the limit spares it
     save_total_limit: int | None = None,  # keep so many of the newest steps (`None` or 0: all)
+    save_frozen: bool = True,  # False: a digest in place of what training does not change; to load it, a model that has it must be given
     overwrite: bool = True,  # whether a different checkpoint of the same step may be replaced
     timeout: float = 60.0,  # seconds to wait while another process saves into `path`
 ) -> Path: # the published directory; when this returns, it is on the disk
@@ -184,7 +172,7 @@ def save_checkpoint(
     limit = save_total_limit or 0
     if type(limit) is not int or limit < 0:
         raise CheckpointError(path, f"save_total_limit {save_total_limit!r:.40}", "None or an integer from 0")
-    files = _gather(_unwrap(model), optimizer, config, vocab, step, trainer, metrics)
+    files = _gather(_unwrap(model), optimizer, config, vocab, step, trainer, metrics, save_frozen)
     return publish_step(_as_path(path), step, files, best=best, save_total_limit=save_total_limit, overwrite=overwrite, timeout=timeout)
 
 def _as_path(path) -> Path:
@@ -400,6 +388,8 @@ def _unchanged_on_error(model: nn.Module, optimizer):
 def _build(ckpt: Checkpoint) -> nn.Module:
     "Return a new model of the class and shape that the metadata names: a name is looked up in a table here, never imported."
     kind, shape = ckpt.metadata.get("model_class"), ckpt.metadata.get("model_config")
+    if ckpt.metadata.get("frozen"):
+        raise CheckpointMismatchError(ckpt.path, "no frozen weights, a digest only", "the model that they belong to", "Pass model=.")
     if kind != "TinyLM" or not isinstance(shape, dict):
         raise CheckpointMismatchError(ckpt.path, f"a model of class {kind}", "TinyLM, or a model to load into")
     with torch.random.fork_rng(devices=[]):
@@ -426,7 +416,7 @@ def _restore(ckpt: Checkpoint, model: nn.Module | None, optimizer, trainer) -> C
         raise CheckpointMismatchError(ckpt.path, "no training state", "one: a trainer was given", "It was saved without trainer=.")
     with _unchanged_on_error(inner, optimizer):
         _match_quantization(ckpt, inner)
-        tensors = _fill_ties(ckpt._tensors, _live(inner))
+        tensors = _fill_ties(ckpt._tensors | _frozen_of(ckpt.path, ckpt.metadata.get("frozen"), _live(inner)), _live(inner))
         _check_fit(ckpt.path, tensors, _live(inner))
         _refuse_nonfinite(CheckpointCorruptedError, ckpt.path, inner, tensors)
         if optimizer is not None: _check_optimizer(ckpt.path, saved, inner, optimizer)

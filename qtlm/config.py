@@ -695,6 +695,7 @@ class _RunFields(Config):
     logging_steps: int = _field(1, "Show the loss every so many steps", unit="steps", ge=1, le=10**9, example=10, aliases=("log_interval",))
     save_steps: int | None = _field(None, "Save every so many steps; null: at the end", unit="steps", ge=1, le=10**9, example=500)
     save_total_limit: int | None = _field(None, "Checkpoints to keep, the newest; null: all", unit="checkpoints", ge=1, le=10**9, example=2)
+    save_frozen: bool = _field(True, "Save weights that are not trained, too; false: a digest of them", unit="switch", example=False)
     output_dir: _PathText | None = _field(
         None, "Folder in which each run keeps its own; null: nothing is kept unless asked, then checkpoints", unit="path",
         range="without control characters", example="runs", aliases=("out_dir",))

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .base import _environment_differences
 from .batches import as_batches, is_batches, mean_loss, rng_state, seeded, set_rng_state_, split_batch
-from .checkpoint import CheckpointError, CheckpointMismatchError, CheckpointWarning, CheckpointWriteError, _environment_differences, latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointError, CheckpointMismatchError, CheckpointWarning, CheckpointWriteError, latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainingConfig
 from .data import Batches, DataError, Tokens, check_split
 from .finetuning import zero_gradients_
@@ -231,7 +232,7 @@ def _save(trainer: "Trainer", run: Path) -> Path | None:
     try:
         path = save_checkpoint(
             trainer.model, trainer.optimizer, config, trainer.vocab, trainer.step, run,
-            trainer=trainer, metrics={"eval_loss": losses[-1]} if losses else None, best=best, save_total_limit=config.save_total_limit,
+            trainer=trainer, metrics={"eval_loss": losses[-1]} if losses else None, best=best, save_total_limit=config.save_total_limit, save_frozen=config.save_frozen,
         )  # fmt: skip
     except CheckpointWriteError as error:
         trainer._failed_saves += 1

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from qtlm import assert_resume_exact, checkpoint, quantize_model_ptq
-from qtlm.checkpoint import CheckpointError, CheckpointWarning, latest_checkpoint
+from qtlm import assert_resume_exact, base, checkpoint, quantize_model_ptq
+from qtlm.checkpoint import CheckpointError, CheckpointWarning, latest_checkpoint, load_checkpoint
 from qtlm.history import Callback
 from qtlm.model import TinyLM
 from qtlm.step import learning_rate_factor
@@ -42,7 +42,20 @@ KINDS = {
     "fine-tuning INT8": maker(8, tuned=True),
     "fine-tuning INT4": maker(4, tuned=True),
 }
+def beside(bits=None, **fields):
+    "What makes a trainer of a few weights beside a frozen backbone, of which a checkpoint holds the digest alone."
+    def make():
+        model = TinyLM(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, block_size=16, dropout=0.2, generator=torch.Generator().manual_seed(4))
+        model.requires_grad_(False)
+        model = quantize_model_ptq(model, bits=bits) if bits else model
+        for module in (model.model.norm, model.model.layers[0].input_layernorm): module.requires_grad_(True)
+        return Trainer(model, train_data=TEXT[:500], eval_data=TEXT[500:], save_frozen=False, **SETTINGS | fields)
+    return make
+
+
 MORE = {
+    "beside a frozen backbone": beside(),
+    "beside a frozen INT4 backbone": beside(4),
     "QAT INT8 static": maker(quantization_mode="qat", quantization_type="static", freeze_observers_after=0.7, fake_quant_after_n_steps=10),
     "QAT INT4 learned scales": maker(quantization_mode="qat", quantization_bits=4, quantization_learned_scales=True),
     "scales of INT4": maker(4, tuned=True, quantized_finetuning="scales"),
@@ -59,7 +72,7 @@ def test_every_step_of_every_kind(kind):
 @pytest.mark.parametrize("kind", [*KINDS, *MORE][1:])
 def test_some_steps_of_every_kind(kind):
     "The same after six of the steps, other ones for each kind."
-    assert assert_resume_exact({**KINDS, **MORE}[kind], at=range(1 + [*KINDS, *MORE].index(kind), 61, 10)) == 6
+    assert assert_resume_exact({**KINDS, **MORE}[kind], at=range(1 + [*KINDS, *MORE].index(kind) % 10, 61, 10)) == 6
 
 
 # ---- teeth ----
@@ -195,6 +208,26 @@ def test_left_in_evaluation_mode_is_not_a_danger():
     assert assert_resume_exact(make, at=range(1, 12, 3)) == 4
 
 
+def test_a_frozen_backbone_is_not_saved_and_is_recognized(tmp_path):
+    "Checkpoints hold what is trained and a digest; beside another backbone they are refused, and nothing is changed."
+    trainer, small = beside(4)(), {}
+    for save_frozen in (True, False):
+        trainer.config = trainer.config.replace(save_frozen=save_frozen)
+        small[save_frozen] = (trainer.save(tmp_path / str(save_frozen)) / "model.pt").stat().st_size
+    assert small[False] < 0.4 * small[True]
+    trainer.config = trainer.config.replace(max_steps=9, output_dir=str(tmp_path / "kept"))
+    trainer.train()
+    again = resume_training(tmp_path / "kept" / "run", beside(4)().model, train_data=TEXT[:500])
+    assert again.step == 9 and all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), trainer.model.state_dict().values()))
+    stranger = beside(4)().model
+    stranger.model.layers[0].mlp.up_proj.codes[0, 0] ^= 1
+    before = copy.deepcopy(stranger.state_dict())
+    with pytest.raises(CheckpointError, match="other frozen weights in the model given"): load_checkpoint(tmp_path / "kept" / "run", stranger)
+    with pytest.raises(CheckpointError, match="no frozen weights, a digest only.* Pass model="): load_checkpoint(tmp_path / "kept" / "run")
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), stranger.state_dict().values()))
+    assert "frozen" in checkpoint.load_checkpoint(tmp_path / "kept" / "run", beside(4)().model).metadata
+
+
 # ---- again and again, elsewhere ----
 
 def indexed(folder, stop=None):
@@ -290,8 +323,8 @@ def test_another_environment_is_named(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         averaging().train(resume_from_checkpoint=tmp_path / "run")
-    before = checkpoint._environment
-    monkeypatch.setattr(checkpoint, "_environment", lambda model: before(model) | {"torch": "9.9", "device": "cuda:0", "instructions": "ABACUS", "threads": 77})
+    before = base._environment
+    monkeypatch.setattr(base, "_environment", lambda model: before(model) | {"torch": "9.9", "device": "cuda:0", "instructions": "ABACUS", "threads": 77})
     with pytest.warns(CheckpointWarning) as caught: averaging().train(resume_from_checkpoint=tmp_path / "run")
     text = next(str(w.message) for w in caught if "another environment" in str(w.message))
     assert all(f"{name} {value} (saved: " in text for name, value in {"torch": "9.9", "device": "cuda:0", "instructions": "ABACUS", "threads": 77}.items()), text
