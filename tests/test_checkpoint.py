@@ -12,6 +12,7 @@ import random
 import shutil
 import struct
 import sys
+import time
 import warnings
 import zipfile
 from collections import Counter
@@ -485,8 +486,8 @@ def test_other_files_that_run_programs(room):
         assert "weights_only" not in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) <= 300
 
 
-def test_files_that_fill_the_memory(room):
-    "S2: compression, tensors that show more than they hold, depth, cycles, references by the thousand, records twice or overlapping."
+def fillers():
+    "Files that are small and would become large, deep or endless."
     def saved(value):
         buffer = io.BytesIO()
         torch.save(value, buffer)
@@ -510,8 +511,26 @@ def test_files_that_fill_the_memory(room):
     finally: sys.setrecursionlimit(old)
     files += [squeezed.getvalue(), twice.getvalue(), archive(b"N.", root="a", extra=[("b/data/0", b"")]), archive(b"N.", root=""),
               archive(b"N.", extra=[("archive/constants.pkl", b"N.")]), archive(b"N.", extra=[("archive/../../x", b"")])]
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as z:
+        for name, data in records: z.writestr(name, bytes(1 << 28) if "data/" in name and name.endswith("/0") else data)
+    return [*files, bomb.getvalue()]
+
+
+def test_files_that_fill_the_memory(room):
+    "S2: compression, tensors that show more than they hold, depth, cycles, references by the thousand, records twice or overlapping: refused for less than a second and 200 MB."
+    files = fillers()
+    assert len(files) == 11 and max(map(len, files)) < 1 << 20
+
+    def refused(path):
+        def status(key): return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)) / 1024
+        before, start = status("VmRSS"), time.process_time()
+        assert fails(load_checkpoint, path, net()) is CheckpointUnsafeError
+        assert time.process_time() - start < 1 and status("VmHWM") - before < 200
+
     for i, data in enumerate(files):
         (room / "x.pt").write_bytes(data)
+        if os.path.exists("/proc/self/status"): assert in_child(lambda: refused(room / "x.pt")) == 0, i
         assert fails(load_checkpoint, room / "x.pt", net()) is CheckpointUnsafeError, i
 
 
