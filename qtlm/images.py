@@ -213,7 +213,10 @@ def image_folder(
     image_size, num_channels = _whole(image_size, "image_folder: image_size"), _whole(num_channels, "image_folder: num_channels")
     if num_channels not in (1, 3):
         raise DataError(f"image_folder: num_channels {num_channels}; expected 3 (colours) or 1 (grey)")
-    files = _class_files(_usable_path(path, "image_folder: path", "the path of a folder"))
-    pixels = torch.from_numpy(np.stack([_read_image(file, image_size, num_channels) for found in files.values() for file in found]))
+    try:
+        files = _class_files(_usable_path(path, "image_folder: path", "the path of a folder"))
+    except OSError as error:
+        raise DataError(f"image_folder: {_show(path)}: {error.strerror}; expected a folder that can be read") from None
+    pixels = torch.from_numpy(np.stack([_read_image(file, image_size, num_channels) for found in files.values() for file in found])).contiguous()
     labels = torch.repeat_interleave(torch.tensor([len(found) for found in files.values()]))
     return Images(pixels.float() / 127.5 - 1, labels, tuple(files))

@@ -22,20 +22,19 @@ from .config import LoRAConfig
 from .finetuning import disable_finetuning_, trainable_tensors
 from .layers import _kind, _Quantized, _weight_key
 
-# %% ../nbs/10a_lora.ipynb #errors
+# %% ../nbs/10a_lora.ipynb #features
 class LoRAError(ValueError):
     "A model, a request or a file that adapters cannot be made, loaded or merged from; nothing was changed."
 
-# %% ../nbs/10a_lora.ipynb #features
+
 def _features(layer: nn.Module) -> tuple[int, int] | None:
     "Return (inputs, outputs) of a layer that multiplies by one matrix, or None: no adapter fits beside it."
     if _kind(layer) == "Conv1D":
         return tuple(layer.weight.shape)
     sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    if not all(type(n) is int and n > 0 for n in sizes):
-        return None
-    w = layer._parameters.get("weight")
-    return sizes if w is None or not w.is_floating_point() or tuple(w.shape) == sizes[::-1] else None
+    w, wide = layer._parameters.get("weight"), all(type(n) is int and n > 0 for n in sizes)
+    fits = wide and (w is None or not w.is_floating_point() or tuple(w.shape) == sizes[::-1])  # packed weights have shapes of their own
+    return sizes if fits else None
 
 # %% ../nbs/10a_lora.ipynb #float-matrix
 def _lies_turned(layer: nn.Module) -> bool:
@@ -45,8 +44,7 @@ def _lies_turned(layer: nn.Module) -> bool:
 
 def _float_matrix(layer: nn.Module) -> Tensor:
     "Return the weights of a layer as floats `[outputs, inputs]`; no gradient reaches them."
-    if callable(getattr(layer, "dequantize", None)):
-        return layer.dequantize().detach()
+    if callable(getattr(layer, "dequantize", None)): return layer.dequantize().detach()
     w = layer.weight.detach()
     if not w.is_floating_point():
         raise LoRAError(f"{type(layer).__name__}: found weights of {w.dtype} and no dequantize(); expected floats. use_dora and merging need them.")
@@ -208,6 +206,19 @@ def _lora_settings(config: LoRAConfig | Mapping | None, overrides: dict) -> tupl
     return settings, {name for name in texts if fields[name] != "all-linear"}
 
 # %% ../nbs/10a_lora.ipynb #saved
+def _check_own(model: nn.Module, name: str, module: nn.Module, together) -> None:
+    "Refuse a module to be trained whole that has packed weights, none, or such that modules outside share."
+    inside = {id(m) for outer in together for m in outer.modules()}
+    packed = next((m for m in module.modules() if isinstance(m, _Quantized) or _features(m) and callable(getattr(m, "dequantize", None))), None)
+    weights = {_weight_key(p) for p in module.parameters()}
+    if packed is not None or not weights or not all(p.is_floating_point() for p in module.parameters()):
+        found = "nothing to train" if not weights else f"packed weights ({type(packed or module).__name__})"
+        raise LoRAError(f"modules_to_save: {name} has {found}; expected float weights. Keep it out of quantization with skip_modules.")
+    for place, other in model.named_modules():
+        if id(other) not in inside and any(p is not None and _weight_key(p) in weights for p in other._parameters.values()):
+            raise LoRAError(f"modules_to_save: {name} shares its weights with {place}, which is frozen; expected a module of its own. Name both, or untie them.")
+
+
 def _saved(model: nn.Module, settings: LoRAConfig) -> dict[str, nn.Module]:
     "Return the modules to be trained whole; those inside another count with it."
     found = {}
@@ -221,19 +232,6 @@ def _saved(model: nn.Module, settings: LoRAConfig) -> dict[str, nn.Module]:
     for name, module in outer.items():
         _check_own(model, name, module, outer.values())
     return outer
-
-# %% ../nbs/10a_lora.ipynb #check-own
-def _check_own(model: nn.Module, name: str, module: nn.Module, together) -> None:
-    "Refuse a module to be trained whole that has packed weights, none, or such that modules outside share."
-    inside = {id(m) for outer in together for m in outer.modules()}
-    packed = next((m for m in module.modules() if isinstance(m, _Quantized) or _features(m) and callable(getattr(m, "dequantize", None))), None)
-    weights = {_weight_key(p) for p in module.parameters()}
-    if packed is not None or not weights or not all(p.is_floating_point() for p in module.parameters()):
-        found = "nothing to train" if not weights else f"packed weights ({type(packed or module).__name__})"
-        raise LoRAError(f"modules_to_save: {name} has {found}; expected float weights. Keep it out of quantization with skip_modules.")
-    for place, other in model.named_modules():
-        if id(other) not in inside and any(p is not None and _weight_key(p) in weights for p in other._parameters.values()):
-            raise LoRAError(f"modules_to_save: {name} shares its weights with {place}, which is frozen; expected a module of its own. Name both, or untie them.")
 
 # %% ../nbs/10a_lora.ipynb #targets
 def _targets(model: nn.Module, settings: LoRAConfig, regexes: set[str], saved: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -290,12 +288,12 @@ def _adapt_(model: nn.Module, settings: LoRAConfig, targets: dict[str, nn.Module
     made = {id(layer): LoRALinear(layer, **options) for layer in targets.values()}
     for module in list(model.modules()):
         for name, child in module._modules.items():
-            if id(child) in made and module is not made[id(child)]:
+            if id(child) in made:
                 module._modules[name] = made[id(child)]
     for module in saved.values():
         module.requires_grad_(True)
 
-# %% ../nbs/10a_lora.ipynb #adapt-peft
+
 def _adapt_by_peft_(model: nn.Module, settings: LoRAConfig, targets: dict[str, nn.Module], saved: dict[str, nn.Module]) -> None:
     "Let peft put its adapters beside the layers."
     from peft import LoraConfig, inject_adapter_in_model
@@ -354,7 +352,7 @@ class TrainableParameters(NamedTuple):
     total: int  # all, packed ones counted as weights
     share: float  # trainable / total
 
-# %% ../nbs/10a_lora.ipynb #count-2
+# %% ../nbs/10a_lora.ipynb #packed
 def _packed(model: nn.Module) -> dict[tuple, int]:
     "Return how many weights stand in packed tensors, by what tells shared ones."
     found = {_weight_key(m.codes): math.prod(m.shape) for m in model.modules() if isinstance(m, _Quantized)}
@@ -364,7 +362,7 @@ def _packed(model: nn.Module) -> dict[tuple, int]:
             found[(id(m),)] = m.in_features * m.out_features
     return found
 
-
+# %% ../nbs/10a_lora.ipynb #count-2
 def get_nb_trainable_parameters(
     model: nn.Module,  # any module, quantized or not
 ) -> TrainableParameters:  # trainable, total, share
@@ -373,7 +371,7 @@ def get_nb_trainable_parameters(
     trainable, total = sum(t.numel() for _, t in trainable_tensors(model)), floats + sum(_packed(model).values())
     return TrainableParameters(trainable, total, trainable / max(1, total))
 
-# %% ../nbs/10a_lora.ipynb #print
+
 def print_trainable_parameters(
     model: nn.Module,  # any module, quantized or not
 ) -> None:

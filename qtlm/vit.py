@@ -58,7 +58,8 @@ class Embeddings(nn.Module):
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float) -> Tensor:
     "Return the averages of `v`, all `[B, T, hidden_size]`; each head looks at its own share of the features."
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
+    scale = q.shape[-1] ** -0.5  # transformers' way to write it: 1 / sqrt(8), torch's, differs in float64's last bit
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale).transpose(1, 2).flatten(2)
 
 # %% ../nbs/10c_vit.ipynb #attention
 class Attention(nn.Module):
