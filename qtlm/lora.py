@@ -228,7 +228,7 @@ def _saved(model: nn.Module, settings: LoRAConfig) -> dict[str, nn.Module]:
             names = ", ".join(name for name, _ in model.named_children())
             raise LoRAError(f"modules_to_save: {pattern[:60]!r} matches no module; expected a module's name: {names[:160]}.")
         found |= hits
-    outer = {name: m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)}
+    outer = {name: m for name, m in model.named_modules() if name in found and not any(name.startswith(f"{other}.") for other in found)}
     for name, module in outer.items():
         _check_own(model, name, module, outer.values())
     return outer
@@ -319,19 +319,9 @@ def _check_fresh(model: nn.Module) -> None:
 _logger = logging.getLogger("qtlm")
 
 
-def apply_lora(
-    model: nn.Module,  # any module with linear layers, float or quantized; changed in place
-    config: LoRAConfig | Mapping | None = None,  # what to do; None: the defaults
-    **overrides,  # single fields: r=4, target_modules="all-linear"
-) -> nn.Module:  # the same model
-    "Put adapters beside the linear layers that `target_modules` names, and freeze all but them and `modules_to_save`. Raises `LoRAError`; then nothing was changed."
-    settings, regexes = _lora_settings(config, overrides)
-    if not settings.enabled:
-        return model
-    _check_fresh(model)
-    saved = _saved(model, settings)
-    targets, flags = _targets(model, settings, regexes, saved), _flags(model)
-    whose = _backend(settings.backend, list(targets.values()))
+def _install_(model: nn.Module, settings: LoRAConfig, targets: dict[str, nn.Module], saved: dict[str, nn.Module]) -> None:
+    "Freeze a model, put adapters into it and note what they are; put everything back if that fails."
+    flags, whose = _flags(model), _backend(settings.backend, list(targets.values()))
     try:
         _freeze_(model)
         (_adapt_by_peft_ if whose == "peft" else _adapt_)(model, settings, targets, saved)
@@ -342,6 +332,19 @@ def apply_lora(
     disable_finetuning_(model)
     model._lora = settings.replace(target_modules=list(targets), exclude_modules=[], modules_to_save=list(saved))
     _logger.info("lora: adapters of %s beside %d layers, r = %d", {"manual": "qtlm"}.get(whose, whose), len(targets), settings.r)
+
+
+def apply_lora(
+    model: nn.Module,  # any module with linear layers, float or quantized; changed in place
+    config: LoRAConfig | Mapping | None = None,  # what to do; None: the defaults
+    **overrides,  # single fields: r=4, target_modules="all-linear"
+) -> nn.Module:  # the same model
+    "Put adapters beside the linear layers that `target_modules` names, and freeze all but them and `modules_to_save`. Raises `LoRAError`; then nothing was changed."
+    settings, regexes = _lora_settings(config, overrides)
+    if settings.enabled:
+        _check_fresh(model)
+        saved = _saved(model, settings)
+        _install_(model, settings, _targets(model, settings, regexes, saved), saved)
     return model
 
 # %% ../nbs/10a_lora.ipynb #count
