@@ -26,7 +26,7 @@ from qtlm.data import Batches, Tokens
 from qtlm.loss import compute_loss
 
 KIND, WINDOWS = "small", 128
-SETTINGS = dict(max_steps=300, batch_size=8, block_size=LENGTH, learning_rate=3e-3, lr_scheduler_type="cosine", min_lr_ratio=0.01, warmup_steps=20)
+SETTINGS = dict(max_steps=300, batch_size=8, block_size=LENGTH, learning_rate=3e-3, betas=(0.5, 0.95), lr_scheduler_type="cosine", min_lr_ratio=0.1, warmup_steps=20)
 TUNE = {"enable_quantized_finetuning": True}
 
 

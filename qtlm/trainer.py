@@ -383,8 +383,10 @@ class Trainer:
         callbacks, self.device = _check_callbacks(callbacks), _resolve_device(config.device)
         self.teacher = None if teacher is None else teacher.to(self.device)
         self.model, self.vocab = model.to(self.device), vocab
-        make_trainable_(model, config, train_data)
         settings, more = (config.learning_rate, config.weight_decay, config.betas, config.eps), {"gradients_in_backward": config.gradients_in_backward}
+        if config.quantization_mode == "qat":
+            configure_optimizer(model, *settings)  # what cannot be stepped is refused before its layers are turned
+        make_trainable_(model, config, train_data)
         self.optimizer = configure_optimizer(model, *settings, seed=config.seed, **more)
         self.train_data, self.eval_data, self.step, self.tokens_seen, self.history = train_data, eval_data, 0, 0, History()
         stopping = [EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold)] if config.early_stopping_patience else []

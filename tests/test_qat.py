@@ -330,3 +330,15 @@ def test_an_encoder_of_torch_does_not_pass_its_layers_by():
     prepared = prepare_qat(encoder, bits=4).eval()
     with torch.no_grad():
         assert not torch.equal(prepared(x), encoder(x)) and torch.equal(prepared(x), convert_qat(prepared)(x))
+
+
+def test_a_model_that_cannot_be_stepped_is_not_turned():
+    "The trainer refuses it before it prepares it: its layers are still those of torch."
+    from qtlm.optim import OptimizerError
+    from qtlm.trainer import Trainer
+
+    for model in (nn.Sequential(nn.Embedding(8, 32, sparse=True), nn.Linear(32, 8)), nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8)).requires_grad_(False)):
+        kinds = [type(module) for module in model]
+        with pytest.raises(OptimizerError):
+            Trainer(model, quantization_mode="qat", progress=False)
+        assert [type(module) for module in model] == kinds
