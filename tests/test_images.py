@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import warnings
 import zlib
 
 import numpy as np
@@ -250,6 +251,7 @@ def test_a_bomb_is_not_unpacked(room, side):
     assert path.stat().st_size < 60_000
     tracemalloc.start()
     start = time.process_time()
+    warnings.simplefilter("error")                                              # one word is enough; pytest puts the filters back
     with pytest.raises(DataError, match=r"a/x.png': .*pixels; expected at most 67,108,864"):
         image_folder(room, 8)
     assert time.process_time() - start < 1 and tracemalloc.get_traced_memory()[1] < 2**21
@@ -258,13 +260,22 @@ def test_a_bomb_is_not_unpacked(room, side):
 
 def test_warnings_of_the_caller_stay(room):
     file(room, "a/x.png")
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = list(warnings.filters)
         image_folder(room, 8)
         assert warnings.filters == before
+
+
+@pytest.mark.parametrize("note, turn", [(1, lambda x: x), (3, lambda x: x.rot90(2, (1, 2))), (6, lambda x: x.rot90(-1, (1, 2))), (8, lambda x: x.rot90(1, (1, 2)))])
+def test_a_camera_held_sideways(room, note, turn):
+    square = NOISE.crop((0, 0, 9, 9))
+    exif = square.getexif()
+    exif[0x0112] = note
+    file(room, "a/x.png", square, exif=exif)
+    file(room, "b/x.png", square)
+    turned, plain = image_folder(room, 9).images
+    assert torch.equal(turned, turn(plain))
 
 
 def test_photographs_with_a_preview_are_read_and_films_are_not(room):

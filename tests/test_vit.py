@@ -214,6 +214,20 @@ def test_any_other_tensor_is_refused_in_one_line(shape, dtype):
 SMALL = small().eval()
 
 
+@pytest.mark.parametrize("shape, dtype, told", [
+    ((2, 3, 8, 8), torch.uint8, "Bytes become floats: pixel_values / 127.5 - 1."), ((3, 8, 8), torch.float32, "One picture is pixel_values[None]."),
+    ((2, 8, 8, 3), torch.float32, "The channels come second: pixel_values.permute(0, 3, 1, 2)."), ((2, 1, 8, 8), torch.float32, "The model was built for other num_channels."),
+    ((2, 3, 8, 10), torch.float32, "Resize it: torch.nn.functional.interpolate(pixel_values, 8)."), ((0, 3, 8, 8), torch.float32, "none is 0."),
+])  # fmt: skip
+def test_what_to_do_is_said_and_helps(shape, dtype, told):
+    model, x = small(num_channels=3), torch.zeros(shape, dtype=dtype)
+    with pytest.raises(ModelInputError) as caught:
+        model(x)
+    assert str(caught.value).endswith(told) and "expected float pictures [B, 3, 8, 8]" in str(caught.value)
+    if told.count("pixel_values") and "built" not in told:
+        assert model(eval(told.split(": ")[-1].split("is ")[-1].rstrip("."), {"pixel_values": x, "torch": torch})).shape[1] == 10
+
+
 @pytest.mark.parametrize("wrong", [None, [[0.0]], {"pixel_values": torch.zeros(1, 1, 8, 8)}, "a.png", torch.nested.nested_tensor([torch.zeros(1, 8, 8)])])
 def test_what_is_no_tensor_is_refused(wrong):
     with pytest.raises(ModelInputError, match="ViT: pixel_values .*; expected float pictures"):
