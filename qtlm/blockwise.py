@@ -48,7 +48,7 @@ def _scale_blocks(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     if short:
         absmax[-1].clamp_min_(1e-38)
         scaled[-1] = blocks[-1] / absmax[-1]
-    return scaled.clamp_(-1, 1), absmax
+    return scaled, absmax
 
 # %% ../nbs/04g_blockwise.ipynb #pack
 _PIECE = 2**17  # weights at a time: their floats, 512 KiB, stay in the cache between two passes
@@ -95,31 +95,36 @@ def _dynamic_map() -> Tensor:
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         positive.append(10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0))
     positive = torch.cat(positive)
-    return torch.cat([-positive, torch.tensor([0.0, 1.0], device="cpu"), positive]).sort().values
+    return torch.cat([-positive, torch.tensor([0.0, 1.0], device="cpu", dtype=torch.float32), positive]).sort().values
 
 # %% ../nbs/04g_blockwise.ipynb #absmax-codes
 @cache
 def _position_codes(device: torch.device) -> Tensor:
     "Return the dynamic code of each of 65,536 positions from -1 to 1, uint8."
     values = _dynamic_map()
-    positions = -1 + 2.0 * torch.arange(65536, device="cpu") / 65535
+    positions = -1 + 2.0 * torch.arange(65536, device="cpu", dtype=torch.float32) / 65535
     return torch.bucketize(positions, (values[:-1] + values[1:]) * 0.5).to(device, torch.uint8)
 
 
 def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Return absmax as 8-bit codes `[blocks]`, the scale of each 256 of them, and their offset, the mean."
     offset = absmax.mean()
+    if not offset.isfinite():
+        raise QuantizationError("double_quant: found absmax whose sum overflows float32; expected smaller weights, or double_quant=False.")
     blocks = F.pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)
     scale = blocks.abs().amax(1)
-    scaled = (blocks * (1.0 / scale)[:, None]).clamp_(-1, 1)
+    scaled = blocks * (1.0 / scale.clamp_min(3e-39))[:, None]  # below that the reciprocal overflows
     position = torch.where(scale[:, None] > 0, (scaled + 1) * 0.5 * 65535 + 0.5, 0).int()
     return _position_codes(absmax.device)[position].flatten()[: len(absmax)].clone(), scale, offset
 
 # %% ../nbs/04g_blockwise.ipynb #absmax-back
 def _dequantize_absmax(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     "Return the absmax that the codes stand for, float32 `[blocks]`."
-    values = _dynamic_map().to(codes.device)[codes.int()]
-    return values * scale.repeat_interleave(256)[: len(codes)] + offset
+    values = _dynamic_map().to(codes.device).index_select(0, codes.int())
+    whole = len(codes) // 256 * 256
+    values[:whole].view(-1, 256).mul_(scale[: whole // 256, None])
+    values[whole:].mul_(scale[-1])
+    return values.add_(offset)
 
 # %% ../nbs/04g_blockwise.ipynb #state
 @dataclass(eq=False)
@@ -244,8 +249,27 @@ def _buffers_of(codes: Tensor, state: BlockwiseState) -> dict[str, Tensor | None
     first = {"absmax": state.absmax} if state.absmax_scale is None else {"absmax": None, "absmax_codes": state.absmax}
     return {"codes": codes, "absmax_codes": None, **first, "absmax_scale": state.absmax_scale, "absmax_offset": state.absmax_offset}
 
+# %% ../nbs/04g_blockwise.ipynb #plain-buffers
+class _KeptBuffers(nn.Module):
+    "Buffers that no cast of the model and no cast state dict changes."
+
+    def _apply(self, fn, recurse=True):
+        before = {name: value for name, value in self._buffers.items() if value is not None}
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            if (new := self._buffers[name]).dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        for name, own in ((name, value) for name, value in self._buffers.items() if value is not None):
+            if (found := state.get(prefix + name, own)).dtype != own.dtype:
+                errors.append(f"{prefix}{name}: found {found.dtype}; expected {own.dtype}. These weights are of another scheme, or were cast.")
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+
 # %% ../nbs/04g_blockwise.ipynb #blockwise-linear
-class BlockwiseLinear(nn.Module):
+class BlockwiseLinear(_KeptBuffers):
     "A frozen linear layer whose weights are 4-bit codes with an absmax a block; gradients reach its input and its bias."
 
     def __init__(
@@ -311,15 +335,6 @@ class BlockwiseLinear(nn.Module):
         x = input if self.compute_dtype is None else input.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return _linear(x, bias, *self._scheme()).to(input.dtype)
-
-    def _apply(self, fn, recurse=True):
-        before = {name: value for name, value in self._buffers.items() if value is not None}
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            if (new := self._buffers[name]).dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
     def extra_repr(self) -> str:
         "Return what a printed model says of the layer."

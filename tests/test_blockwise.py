@@ -3,6 +3,8 @@ import copy
 import io
 import logging
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,6 +80,14 @@ def test_bytes_of_bitsandbytes_at_extreme_magnitudes(bnb, quant_type, scale):
     assert_same_bytes(bnb, w, quant_type, 64, False)
     assert_same_bytes(bnb, torch.cat([w.flatten(), torch.zeros(20)]), quant_type, 64, False)
     assert_same_bytes(bnb, torch.zeros(100), quant_type, 64, False)
+    if scale > 1e38:
+        with pytest.raises(QuantizationError, match="double_quant: found absmax whose sum overflows"):
+            quantize_blockwise(w, quant_type, double_quant=True)
+    elif scale == 0 or scale > 1e-37:
+        assert_same_bytes(bnb, w, quant_type, 64, True)
+    else:  # here bitsandbytes multiplies by infinity in its second step
+        _, state = quantize_blockwise(w, quant_type, double_quant=True)
+        assert ((state.scales() - quantize_blockwise(w, quant_type)[1].absmax).abs() < 1.1e-38).all()
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -281,7 +291,13 @@ def test_autocast_and_compute_dtype():
         y.float().sum().backward()
         exact = make_layer({}, compute_dtype=torch.float32)[0]
         seen = x.detach().bfloat16()
-        assert exact(seen).dtype == torch.bfloat16 and torch.equal(exact(seen), F.linear(seen.double(), linear.weight.double(), linear.bias.double()).bfloat16())
+        seen.requires_grad_()
+        (result := exact(seen)).float().sin().sum().backward()  # in autocast's range, too
+        seen_float = seen.detach().float().requires_grad_()
+        with torch.autocast("cpu", enabled=False):
+            F.linear(seen_float, linear.weight, linear.bias).bfloat16().float().sin().sum().backward()
+        assert torch.equal(seen.grad, seen_float.grad.bfloat16())
+        assert result.dtype == torch.bfloat16 and torch.equal(result, F.linear(seen.double(), linear.weight.double(), linear.bias.double()).bfloat16())
     assert x.grad.dtype == torch.float32
     half = make_layer({}, compute_dtype=torch.bfloat16)[0]
     assert half(x).dtype == torch.float32 and torch.equal(half(x), linear.bfloat16()(x.bfloat16()).float())
@@ -321,6 +337,35 @@ def test_casts_copies_and_files_change_no_byte(scheme):
     assert moved.weight.dtype == moved.bias.dtype == torch.bfloat16 and moved.dequantize().dtype == torch.float32
     with pytest.raises(RuntimeError, match="absmax"):
         BlockwiseLinear(96, 40, **scheme | {"double_quant": not scheme.get("double_quant")}).load_state_dict(state)
+
+
+def test_a_cast_state_is_refused():
+    "A file whose absmax was cast to bfloat16 would change all weights; it is refused."
+    layer, _ = make_layer({})
+    cast = {name: t.bfloat16() if t.is_floating_point() else t for name, t in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match="absmax: found torch.bfloat16; expected torch.float32"):
+        layer.load_state_dict(cast)
+
+
+def test_tables_made_in_inference_mode_serve_training_too():
+    "What is cached at a first call in inference mode, under another default dtype, is used by later ones."
+    code = """
+import torch
+from torch import nn
+from qtlm.blockwise import BlockwiseLinear
+torch.manual_seed(0)
+linear = nn.Linear(64, 32)
+torch.set_default_dtype(torch.float64)
+with torch.inference_mode(), torch.device("meta"):
+    layer = BlockwiseLinear.from_linear(linear, double_quant=True)
+    first = layer.dequantize().clone()
+torch.set_default_dtype(torch.float32)
+layer = BlockwiseLinear.from_linear(linear, double_quant=True)
+x = torch.randn(3, 64, requires_grad=True)
+layer(x).sum().backward()
+assert torch.equal(layer.dequantize(), first) and first.dtype == torch.float32 and x.grad.abs().sum() > 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_empty_layer_stands_for_zeros():
