@@ -27,8 +27,9 @@ from .config import LoRAConfig, ModelConfig, QuantizationConfig, TrainingConfig,
 from .data import Vocab, load_vocab
 from .model import TinyLM
 from .finetuning import trainable_tensors
+from .layers import QuantizationError
 from .qat import restore_qat
-from .quantization import get_quantization_info, quantization_metadata, restore_quantization
+from .quantization import _check_metadata, get_quantization_info, quantization_metadata, restore_quantization
 from qtlm.storage import (  # noqa: F401  the errors are offered here as well
     CheckpointBusyError,
     CheckpointCorruptedError,
@@ -306,6 +307,9 @@ def _match_quantization(ckpt: Checkpoint, model: nn.Module) -> None:
     if have and kind(own) != kind(saved): raise mismatch(kind(saved), kind(own), "Give the float model.")
     if have and (name := _differing_layer(have, want)):
         raise mismatch(f"another quantization of {name}", "that of the model given", "Give the float model.")
+    if want:
+        try: _check_metadata(saved)
+        except QuantizationError as e: raise CheckpointCorruptedError(ckpt.path, str(e)[:200], "what was saved", file="quantization_metadata.json") from None
     if want and not have:
         try: (restore_qat if saved.get("prepared") else restore_quantization)(model, saved)
         except Exception as e:
@@ -362,7 +366,7 @@ def _load_optimizer(optimizer, saved: dict) -> None:
 def _unchanged_on_error(model: nn.Module, optimizer):
     "Give the model its tensors, layers and modes back, bit for bit, and the optimizer its state, if the block fails."
     tables = ("_parameters", "_buffers", "_modules")  # dicts that loading changes in place, so that they are copied
-    modules = [(m, {**vars(m), **{k: dict(vars(m)[k]) for k in tables}}) for m in model.modules()]
+    modules = [(m, type(m), {**vars(m), **{k: dict(vars(m)[k]) for k in tables}}) for m in model.modules()]
     distinct = {id(t): t for t in _live(model).values()}  # a tied tensor once
     tensors = [(t, t.detach().clone()) for t in distinct.values()]
     state = {} if optimizer is None else {**vars(optimizer), "state": copy.copy(optimizer.state)}
@@ -370,7 +374,8 @@ def _unchanged_on_error(model: nn.Module, optimizer):
     groups = list(optimizer.param_groups) if state else []
     try: yield
     except BaseException:
-        for m, attributes in modules:
+        for m, kind, attributes in modules:
+            m.__class__ = kind
             vars(m).clear()
             vars(m).update(attributes)
         with torch.no_grad():

@@ -38,6 +38,7 @@ from qtlm.config import TrainingConfig
 from qtlm.data import ByteVocab
 from qtlm.history import Callback
 from qtlm.model import TinyLM
+from qtlm.quantization import quantize_model_ptq
 from qtlm.trainer import Trainer
 
 warnings.filterwarnings("ignore", "This process", DeprecationWarning)  # newer Pythons warn of forks
@@ -589,3 +590,89 @@ def test_a_run_that_is_stopped_again_and_again(room, how, stops, steps):
         done.train(resume_from_checkpoint=True)
     assert done.step == steps and result(done) == result(whole), f"seed {seed}"
     if stops >= 30: assert min(doing[phase] for phase in (1, 2, 3)) >= 1, f"seed {seed}: {doing}"
+
+
+# ---- quantized content that is sealed and wrong ----
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+def in_model(name, change):
+    def forge(files, path):
+        state = storage.from_pt(path, "model.pt", files["model.pt"])
+        state[f"{LAYER}.{name}"] = change(state[f"{LAYER}.{name}"])
+        return {"model.pt": storage.to_pt(state)}
+    return forge
+
+
+def in_layer(**fields):
+    def forge(files, path):
+        metadata = storage.from_json(path, "", files["quantization_metadata.json"])
+        metadata["layers"][LAYER] |= fields
+        return {"quantization_metadata.json": storage.to_json(metadata)}
+    return forge
+
+
+def in_metadata(change):
+    def forge(files, path):
+        metadata = storage.from_json(path, "", files["quantization_metadata.json"])
+        change(metadata)
+        return {"quantization_metadata.json": storage.to_json(metadata)}
+    return forge
+
+
+def at(value, place=0):
+    def change(t):
+        t = t.clone()
+        t.view(-1)[place] = value
+        return t
+    return change
+
+
+WRONG = {
+    "scale NaN": in_model("scale", at(float("nan"))),
+    "scale infinite": in_model("scale", at(float("inf"))),
+    "scale negative": in_model("scale", at(-0.1)),
+    "scale of another shape": in_model("scale", lambda t: t[:-1]),
+    "scale float64": in_model("scale", lambda t: t.double()),
+    "scale an integer": in_model("scale", lambda t: t.int()),
+    "codes float": in_model("codes", lambda t: t.float()),
+    "codes int8": in_model("codes", lambda t: t.view(torch.int8)),
+    "codes unpacked": in_model("codes", lambda t: torch.cat([t, t], 1)),
+    "codes of another height": in_model("codes", lambda t: t[:-1]),
+    "group scales float": in_model("group_scale", lambda t: t.float()),
+    "group scales too few": in_model("group_scale", lambda t: t[:-1]),
+    "bits 3": in_layer(bits=3),
+    "bits 16": in_layer(bits=16),
+    "bits a string": in_layer(bits="4"),
+    "bits 8 for codes of 4": in_layer(bits=8),
+    "groups that do not divide": in_layer(group_size=7),
+    "groups of zero": in_layer(group_size=0),
+    "groups negative": in_layer(group_size=-3),
+    "another shape": in_layer(shape=[16, 32]),
+    "a shape that is none": in_layer(shape="16x16"),
+    "a kind that there is not": in_layer(kind="convolution"),
+    "a type that there is not": in_layer(type="sometimes"),
+    "a layer that is not there": in_metadata(lambda m: m["layers"].update({"model.layers.9.nowhere": m["layers"][LAYER]})),
+    "a layer left out": in_metadata(lambda m: m["layers"].pop(LAYER)),
+    "layers a list": in_metadata(lambda m: m.update(layers=[1, 2])),
+    "no layers": in_metadata(lambda m: m.update(layers={})),
+    "another version": in_metadata(lambda m: m.update(format_version=99)),
+    "a mode that there is not": in_metadata(lambda m: m.update(mode="guess")),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_quantization_is_refused(room, what):
+    "Q1, Q3: sealed as if all were well, and refused with a CheckpointError; the model that it was meant for, float or quantized, is the same to the bit."
+    def lm(): return TinyLM(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, block_size=16, generator=torch.Generator().manual_seed(1))
+    sound = save_checkpoint(quantize_model_ptq(lm(), bits=4), step=1, path=room / "sound")
+    files = storage.read_step(sound).files
+    wrong = storage.publish_step(room / "wrong", 1, files | WRONG[what](files, sound))
+    for given in (None, lm(), quantize_model_ptq(lm(), bits=4)):
+        before = given and storage.to_pt(dict(given.state_dict()))
+        kinds = given and [type(module) for module in given.modules()]
+        with pytest.raises(CheckpointError) as e: load_checkpoint(wrong, given)
+        assert "\n" not in str(e.value) and len(str(e.value)) <= 300 and "Traceback" not in str(e.value)
+        assert given is None or (storage.to_pt(dict(given.state_dict())) == before and [type(module) for module in given.modules()] == kinds)
+    assert load_checkpoint(sound, lm()).step == 1

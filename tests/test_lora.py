@@ -13,6 +13,7 @@ from qtlm.adapters import MergeReport, load_adapter, merge_lora, save_adapter
 from qtlm.blockwise import BlockwiseLinear
 from qtlm.checkpoint import load_checkpoint, save_checkpoint
 from qtlm.config import ConfigError, LoRAConfig
+from qtlm.finetuning import enable_finetuning_, trainable_tensors
 from qtlm.lora import LoRAError, LoRALinear, apply_lora, get_nb_trainable_parameters, print_trainable_parameters
 from qtlm.model import TinyLM
 from qtlm.qat import prepare_qat
@@ -33,21 +34,21 @@ def vit():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = dict(image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=3)
-    return transformers.ViTForImageClassification(transformers.ViTConfig(**config)).eval()
+    return stir(transformers.ViTForImageClassification(transformers.ViTConfig(**config)).eval(), size=0.05)  # new biases are zeros
 
 
 def gpt2():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16)).eval()
+    return stir(transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16)).eval(), size=0.05)
 
 
-def stir(model, seed=1):
+def stir(model, seed=1, size=0.2):
     "Give all that is trained other numbers, so that no zero hides a mistake."
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            if p.requires_grad: p.add_(0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+            if p.requires_grad: p.add_(size * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     return model
 
 
@@ -234,6 +235,13 @@ def test_a_new_adapter_changes_nothing_and_only_it_is_trained(bits, more):
     assert not torch.equal(model.eval()(IDS), before)
 
 
+def test_a_model_whose_codes_were_trained_is_frozen():
+    model = enable_finetuning_(quantize_model_ptq(lm(), bits=4))
+    assert any(".lora_" not in name for name, _ in trainable_tensors(model))
+    apply_lora(model, r=2, target_modules=["q_proj"])
+    assert [name for name, _ in trainable_tensors(model) if ".lora_" not in name] == []
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_gradients_pass_through_integers(bits):
     torch.manual_seed(0)
@@ -283,8 +291,10 @@ def test_counts_are_of_weights_not_of_bytes(capsys):
     assert capsys.readouterr().out == "trainable params: 20 || all params: 20 || trainable%: 100.0000\n"
 
 
-def test_bfloat16_beneath():
-    model = apply_lora(lm().bfloat16(), r=2, target_modules=["q_proj"], use_dora=True, backend="manual")
+@pytest.mark.parametrize("backend", ["manual", "peft"])
+def test_bfloat16_beneath(backend):
+    if backend == "peft": pytest.importorskip("peft")
+    model = apply_lora(lm().bfloat16(), r=2, target_modules=["q_proj"], backend=backend)
     assert torch.equal(model(IDS), lm().bfloat16()(IDS)) and model(IDS).dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
@@ -451,6 +461,14 @@ def test_merging_into_integers_is_rounding_the_sum(bits, rounding):
     report = model.merge_report
     after = state(model)[0]
     assert merge_lora(model) is model and model.merge_report is report and all(torch.equal(t, model.state_dict()[n]) for n, t in after.items())
+
+
+def test_merging_into_what_gptq_rounded():
+    torch.manual_seed(0)
+    model = quantize_model_ptq(nn.Sequential(nn.Linear(64, 32)), calibration_data=[torch.randn(99, 64)], bits=4, rounding="gptq")
+    assert model[0].rounding == "gptq"
+    merge_lora(stir(apply_lora(model, r=2, target_modules=["0"], modules_to_save=[])))
+    assert 0 < model.merge_report.layers["0"].lost < 0.3
 
 
 def linear(weight):
