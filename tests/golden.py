@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from qtlm import QuantizationConfig, TinyLM, TrainingConfig, quantize_model_ptq
+from qtlm.base import _environment
 from qtlm.checkpoint import save_checkpoint, verify_checkpoint
 from qtlm.data import CharVocab
 from qtlm.trainer import Trainer
@@ -87,6 +88,13 @@ class StopAt:
         return Stop()
 
 
+def fifty():
+    "The losses of fifty steps, and the machine that they were made on."
+    run = trainer({"max_steps": 50})
+    run.train()
+    return run.history.losses, _environment(run.model)
+
+
 def main():
     torch.set_num_threads(1)
     GOLDEN.mkdir(parents=True, exist_ok=True)
@@ -99,6 +107,10 @@ def main():
         known[kind] = {"sha256": verify_checkpoint(step).digest, "torch": str(torch.__version__), "logits": [round(x, 6) for x in logits(net)[:, -1].flatten().tolist()]}
         for hint in ("latest", "best", ".lock"): (GOLDEN / kind / hint).unlink(missing_ok=True)
         print(kind, sum(p.stat().st_size for p in step.iterdir()), "bytes")
+    losses = GOLDEN / "losses.json"
+    if not losses.exists():
+        found, environment = fifty()
+        losses.write_text(json.dumps({"losses": [x.hex() for x in found], "environment": environment}, indent=0) + "\n")
     file.write_text(json.dumps(known, indent=0) + "\n")
 
 
