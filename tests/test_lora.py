@@ -105,7 +105,7 @@ def test_qtlm_writes_and_peft_reads(kind, backend, room):
     assert torch.equal(mine(inputs).logits, other(inputs).logits)
     merged = merge_lora(other)
     assert torch.allclose(merged(inputs).logits, mine(inputs).logits, rtol=1e-4, atol=1e-4)
-    assert merged.state_dict().keys() == make().state_dict().keys() and [type(m) for m in merged.modules()] == [type(m) for m in make().modules()]
+    assert not hasattr(merged, "peft_config") and merged.state_dict().keys() == make().state_dict().keys() and [type(m) for m in merged.modules()] == [type(m) for m in make().modules()]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -407,6 +407,10 @@ def test_other_adapters_in_the_model(saved):
         with pytest.raises(LoRAError, match=message):
             load_adapter(model, saved)
         assert same(state(model), before)
+    by_hand = lm()
+    by_hand.model.layers[0].self_attn.q_proj = LoRALinear(by_hand.model.layers[0].self_attn.q_proj, r=2)
+    with pytest.raises(LoRAError, match="q_proj: has an adapter already"):
+        load_adapter(by_hand, saved)
     with pytest.raises(LoRAError, match="found no adapter that apply_lora made"):
         save_adapter(lm(), saved)
     (saved / "file").write_text("")
