@@ -63,7 +63,7 @@ class ImageBatches(Batches):
 # %% ../nbs/02a_images.ipynb #check-fraction
 def _count_kept_back(count: int, fraction: float) -> int:
     "Return how many of `count` pictures a test takes; raise `DataError` where nothing would be left on either side."
-    number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool) and 0 < fraction < 1
+    number = isinstance(fraction, (int, float)) and 0 < fraction < 1
     kept = round(count * fraction) if number else 0
     if not 0 < kept < count:
         raise DataError(f"split: test_fraction {_show(fraction)} of {count} pictures; expected a share from 0 to 1 that leaves at least one on either side")
