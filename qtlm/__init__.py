@@ -62,13 +62,29 @@ _HOME = {
     "resume_training": "trainer",
     "assert_resume_exact": "resume",
     "generate": "generation",
+    "digits": "images",
+    "image_folder": "images",
+    "BlockwiseLinear": "blockwise",
+    "quantize_blockwise": "blockwise",
+    "dequantize_blockwise": "blockwise",
+    "ViT": "vit",
+    "LoRALinear": "lora",
+    "apply_lora": "lora",
+    "print_trainable_parameters": "lora",
+    "get_nb_trainable_parameters": "lora",
+    "LoRAError": "lora",
+    "merge_lora": "adapters",
+    "save_adapter": "adapters",
+    "load_adapter": "adapters",
+    "MergeReport": "adapters",
     "Comparison": "evaluation",
     "compare": "evaluation",
     "evaluate": "evaluation",
 }
 _MODULES = (
-    "account", "base", "batches", "budget", "calibration", "checkpoint", "cli", "config", "data", "demo", "evaluation", "finetuning", "generation", "history", "inspection", "kernels",
-    "layers", "loss", "model", "modes", "observers", "optim", "plan", "qat", "quantization", "resume", "rounding", "step", "storage", "straight_through", "trainer",
+    "account", "adapters", "base", "batches", "blockwise", "budget", "calibration", "checkpoint", "cli", "config", "data", "demo", "evaluation",
+    "finetuning", "generation", "history", "images", "inspection", "kernels", "layers", "lora", "loss", "model", "modes", "observers", "optim",
+    "plan", "qat", "quantization", "resume", "rounding", "step", "storage", "straight_through", "trainer", "vit",
 )  # fmt: skip
 __all__ = sorted(_HOME)
 
@@ -91,6 +107,13 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .account import QuantizationInfo as QuantizationInfo
     from .account import QuantizationReport as QuantizationReport
     from .account import get_quantization_info as get_quantization_info
+    from .adapters import MergeReport as MergeReport
+    from .adapters import load_adapter as load_adapter
+    from .adapters import merge_lora as merge_lora
+    from .adapters import save_adapter as save_adapter
+    from .blockwise import BlockwiseLinear as BlockwiseLinear
+    from .blockwise import dequantize_blockwise as dequantize_blockwise
+    from .blockwise import quantize_blockwise as quantize_blockwise
     from .budget import Sensitivity as Sensitivity
     from .budget import mixed_precision as mixed_precision
     from .budget import sensitivity as sensitivity
@@ -124,11 +147,18 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .generation import generate as generate
     from .history import Callback as Callback
     from .history import History as History
+    from .images import digits as digits
+    from .images import image_folder as image_folder
     from .inspection import Inspection as Inspection
     from .inspection import inspect_checkpoint as inspect_checkpoint
     from .layers import QuantEmbedding as QuantEmbedding
-    from .layers import QuantizationError as QuantizationError
     from .layers import QuantLinear as QuantLinear
+    from .layers import QuantizationError as QuantizationError
+    from .lora import LoRAError as LoRAError
+    from .lora import LoRALinear as LoRALinear
+    from .lora import apply_lora as apply_lora
+    from .lora import get_nb_trainable_parameters as get_nb_trainable_parameters
+    from .lora import print_trainable_parameters as print_trainable_parameters
     from .loss import LossError as LossError
     from .loss import bits_per_byte as bits_per_byte
     from .loss import compute_loss as compute_loss
@@ -147,3 +177,4 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .trainer import NonFiniteLossError as NonFiniteLossError
     from .trainer import Trainer as Trainer
     from .trainer import resume_training as resume_training
+    from .vit import ViT as ViT

@@ -272,6 +272,8 @@ class _KeptBuffers(nn.Module):
 class BlockwiseLinear(_KeptBuffers):
     "A frozen linear layer whose weights are 4-bit codes with an absmax a block; gradients reach its input and its bias."
 
+    frozen = True  # a checkpoint may keep a digest of its codes in their place
+
     def __init__(
         self,
         in_features: int,  # features of a token
