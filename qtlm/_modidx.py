@@ -679,6 +679,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'qtlm.lora.print_trainable_parameters': ('lora.html#print_trainable_parameters', 'qtlm/lora.py')},
             'qtlm.lora_vit': { 'qtlm.lora_vit._backbone': ('lora_vit.html#_backbone', 'qtlm/lora_vit.py'),
                                'qtlm.lora_vit._check_lora': ('lora_vit.html#_check_lora', 'qtlm/lora_vit.py'),
+                               'qtlm.lora_vit._check_rows': ('lora_vit.html#_check_rows', 'qtlm/lora_vit.py'),
                                'qtlm.lora_vit._check_shape': ('lora_vit.html#_check_shape', 'qtlm/lora_vit.py'),
                                'qtlm.lora_vit._check_unadapted': ('lora_vit.html#_check_unadapted', 'qtlm/lora_vit.py'),
                                'qtlm.lora_vit._choose': ('lora_vit.html#_choose', 'qtlm/lora_vit.py'),
