@@ -77,14 +77,16 @@ _HOME = {
     "save_adapter": "adapters",
     "load_adapter": "adapters",
     "MergeReport": "adapters",
+    "build_model": "lora_vit",
+    "quantize_backbone": "lora_vit",
     "Comparison": "evaluation",
     "compare": "evaluation",
     "evaluate": "evaluation",
 }
 _MODULES = (
     "account", "adapters", "base", "batches", "blockwise", "budget", "calibration", "checkpoint", "cli", "config", "data", "demo", "evaluation",
-    "finetuning", "generation", "history", "images", "inspection", "kernels", "layers", "lora", "loss", "model", "modes", "observers", "optim",
-    "plan", "qat", "quantization", "resume", "rounding", "step", "storage", "straight_through", "trainer", "vit",
+    "finetuning", "generation", "history", "images", "inspection", "kernels", "layers", "lora", "lora_vit", "loss", "model", "modes", "observers",
+    "optim", "plan", "qat", "quantization", "resume", "rounding", "step", "storage", "straight_through", "trainer", "vit",
 )  # fmt: skip
 __all__ = sorted(_HOME)
 
@@ -159,6 +161,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .lora import apply_lora as apply_lora
     from .lora import get_nb_trainable_parameters as get_nb_trainable_parameters
     from .lora import print_trainable_parameters as print_trainable_parameters
+    from .lora_vit import build_model as build_model
+    from .lora_vit import quantize_backbone as quantize_backbone
     from .loss import LossError as LossError
     from .loss import bits_per_byte as bits_per_byte
     from .loss import compute_loss as compute_loss
