@@ -695,6 +695,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'qtlm.lora_vit._pack': ('lora_vit.html#_pack', 'qtlm/lora_vit.py'),
                                'qtlm.lora_vit._packed_row': ('lora_vit.html#_packed_row', 'qtlm/lora_vit.py'),
                                'qtlm.lora_vit._quantization_settings': ('lora_vit.html#_quantization_settings', 'qtlm/lora_vit.py'),
+                               'qtlm.lora_vit._reading': ('lora_vit.html#_reading', 'qtlm/lora_vit.py'),
                                'qtlm.lora_vit._section': ('lora_vit.html#_section', 'qtlm/lora_vit.py'),
                                'qtlm.lora_vit._spared': ('lora_vit.html#_spared', 'qtlm/lora_vit.py'),
                                'qtlm.lora_vit._tensors': ('lora_vit.html#_tensors', 'qtlm/lora_vit.py'),

@@ -224,6 +224,16 @@ def _check_shape(config: ViTConfig, found: Any, names: tuple[str, ...] = (*_SHAP
         if have not in (None, want):
             raise ConfigError(f"ViTConfig: {name}: {want}; expected {have}, which the backbone given has. Leave it out.")
 
+# %% ../nbs/11_lora_vit.ipynb #reading
+@contextlib.contextmanager
+def _reading(source: str) -> Iterator[None]:
+    "Say in one line that transformers cannot read something."
+    try:
+        yield
+    except Exception as error:  # of transformers, its Hub, safetensors
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise ConfigError(f"backbone: {source[:100]} cannot be read ({reason}); expected a folder or Hub id of a ViT.") from None
+
 # %% ../nbs/11_lora_vit.ipynb #transformers
 def _hub_config(source: str, config: ViTConfig) -> Any:
     "Return the configuration of what transformers has saved, with this one's classes and dropout; raise where it is no ViT."
@@ -232,10 +242,8 @@ def _hub_config(source: str, config: ViTConfig) -> Any:
     from transformers import AutoConfig
 
     given = [name for name in ("num_labels", "hidden_dropout_prob", "attention_probs_dropout_prob") if name in config.model_fields_set]
-    try:
+    with _reading(source):
         found = AutoConfig.from_pretrained(source, **{name: getattr(config, name) for name in given})
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"backbone: {source[:100]} cannot be read ({str(error).splitlines()[0][:120]}); expected a folder or Hub id of a ViT.") from None
     if found.model_type != "vit":
         raise ConfigError(f"backbone: {source[:100]} is of type {found.model_type[:40]}; expected vit.")
     _check_shape(config, found, _SHAPE)
@@ -256,7 +264,8 @@ def _load_4bit(source: str, found: Any, settings: BackboneQuantizationConfig) ->
         bnb_4bit_compute_dtype=_DTYPES[settings.compute_dtype], llm_int8_skip_modules=list(left),
     )  # fmt: skip
     options = {"config": found, "ignore_mismatched_sizes": True, "use_safetensors": True, "device_map": {"": "cpu"}}
-    model = ViTForImageClassification.from_pretrained(source, quantization_config=how, **options)
+    with _reading(source):
+        model = ViTForImageClassification.from_pretrained(source, quantization_config=how, **options)
     _note_(model, [_packed_row(name, model.get_submodule(name), settings.blocksize, settings.quant_type, None) for name in chosen], left)
     return model
 
@@ -269,7 +278,8 @@ def _load(source: str, config: ViTConfig, quantization: BackboneQuantizationConf
     if quantization and quantization.backend == "bitsandbytes" and quantization.blocksize == 64:
         with _section("quantization", BackboneQuantizationConfig):
             return _load_4bit(source, found, quantization)
-    return ViTForImageClassification.from_pretrained(source, config=found, ignore_mismatched_sizes=True, use_safetensors=True)
+    with _reading(source):
+        return ViTForImageClassification.from_pretrained(source, config=found, ignore_mismatched_sizes=True, use_safetensors=True)
 
 # %% ../nbs/11_lora_vit.ipynb #backbone
 def _backbone(given: Any, config: ViTConfig, quantization: BackboneQuantizationConfig | None, generator: torch.Generator | None) -> nn.Module:

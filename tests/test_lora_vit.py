@@ -265,6 +265,21 @@ def test_other_kinds_are_refused(transformers, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("section", [None, {"backend": "bitsandbytes"}])
+def test_damaged_weights_are_refused(folder, section):
+    "A file that is cut short, and one that is not there."
+    if section:
+        pytest.importorskip("bitsandbytes"), pytest.importorskip("accelerate")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    for remove in (False, True):
+        if remove:
+            file.unlink()
+        with pytest.raises(ConfigError, match="backbone: .* cannot be read .*; expected a folder or Hub id of a ViT") as caught:
+            build_model(ViTConfig(quantization=section), folder)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("backend", ["auto", "manual"])
 def test_loaded_in_4_bits_by_transformers(folder, backend):
     "BitsAndBytesConfig packs while it reads: the bytes are ours, the head is float and trained, and adapters learn beside it."
