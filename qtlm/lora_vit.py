@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .account import _float_rows, _row, LayerInfo, QuantizationReport
 from .blockwise import BlockwiseLinear
 from .config import BackboneQuantizationConfig, ConfigError, load_config, LoRAConfig, ViTConfig
-from .layers import _check_model, _Layer, _matrices, _Quantized, QuantizationError
+from .layers import _check_model, _Layer, _matrices, QuantizationError
 from .lora import _backend, _check_fresh, _installed, _inventory, _named, _saved, _targets, apply_lora, LoRAError
 from .quantization import _swap
 from .vit import ViT
@@ -128,8 +128,6 @@ def _freeze_backbone_(model: nn.Module) -> None:
     "Let nothing be trained but what the head alone owns."
     heads = {module for name in _HEADS for module in _inside(model, name)}
     for module in (m for m in model.modules() if id(m) not in heads):
-        if isinstance(module, (BlockwiseLinear, _Quantized)):
-            module.frozen = True
         for p in module.parameters(recurse=False):
             p.requires_grad_(False)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from qtlm.adapters import load_adapter, save_adapter
 from qtlm.blockwise import BlockwiseLinear
 from qtlm.config import BackboneQuantizationConfig, ConfigError, ModelConfig, ViTConfig
 from qtlm.layers import QuantizationError
@@ -119,6 +120,13 @@ def test_shared_weights_stay():
     quantize_backbone(tied)
     assert [type(m) for m in tied] == [nn.Linear, BlockwiseLinear, nn.Linear]
     assert {row.name: row.reason for row in tied.quantization_report.rows if row.reason} == {"0": "its weight is shared", "2": "its weight is shared"}
+
+
+def test_what_is_trained_whole_stays_float():
+    "modules_to_save are kept out of quantization, and are trained."
+    model = build_model(SHAPE.replace(lora={"backend": "manual", "modules_to_save": ["classifier", "layers.1.mlp.fc2"]}, quantization={}), vit())
+    assert type(model.vit.layers[1].mlp.fc2) is nn.Linear and type(model.vit.layers[0].mlp.fc2) is BlockwiseLinear
+    assert model.vit.layers[1].mlp.fc2.weight.requires_grad and model.classifier.weight.requires_grad
 
 
 def test_switched_off():
@@ -308,6 +316,18 @@ def test_a_pattern_is_checked_before_loading(folder):
     pytest.importorskip("bitsandbytes")
     with pytest.raises(ConfigError, match="ViTConfig: quantization.skip_modules: 'tail' matches no module"):
         build_model(ViTConfig(quantization={"backend": "bitsandbytes", "skip_modules": ["tail"]}), folder)
+
+
+@pytest.mark.parametrize("backend", ["manual", "peft"])
+def test_adapters_beside_bitsandbytes_are_saved(backend, tmp_path):
+    "What was learned beside its layers goes through peft's files into a model built anew."
+    pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
+    section = {"backend": "bitsandbytes"}
+    model = build_model(SHAPE.replace(lora={"backend": backend, "r": 4}, quantization=section), vit())
+    Trainer(model, train_data=[(IMAGES, LABELS)] * 4, max_steps=4, learning_rate=2e-2, progress=False).train()
+    save_adapter(model, tmp_path)
+    again, fresh = load_adapter(build_model(SHAPE.replace(quantization=section), vit()), tmp_path), build_model(SHAPE.replace(quantization=section), vit())
+    assert torch.allclose(again.train()(IMAGES), model.train()(IMAGES), atol=1e-5) and (fresh.train()(IMAGES) - model(IMAGES)).abs().max() > 0.01
 
 
 def test_a_copy_is_a_model_of_its_own():
