@@ -684,6 +684,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'qtlm.lora_vit._check_unadapted': ('lora_vit.html#_check_unadapted', 'qtlm/lora_vit.py'),
                                'qtlm.lora_vit._choose': ('lora_vit.html#_choose', 'qtlm/lora_vit.py'),
                                'qtlm.lora_vit._compute_dtype': ('lora_vit.html#_compute_dtype', 'qtlm/lora_vit.py'),
+                               'qtlm.lora_vit._float_modules': ('lora_vit.html#_float_modules', 'qtlm/lora_vit.py'),
                                'qtlm.lora_vit._floats': ('lora_vit.html#_floats', 'qtlm/lora_vit.py'),
                                'qtlm.lora_vit._freeze_backbone_': ('lora_vit.html#_freeze_backbone_', 'qtlm/lora_vit.py'),
                                'qtlm.lora_vit._hub_config': ('lora_vit.html#_hub_config', 'qtlm/lora_vit.py'),

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def _inside(model: nn.Module, pattern: str) -> set[int]:
     return {id(m) for module in _named(model, pattern).values() for m in module.modules()}
 
 # %% ../nbs/11_lora_vit.ipynb #spared
-def _spared(model: nn.Module, skip_modules: tuple[str, ...]) -> dict[int, str]:
+def _spared(model: nn.Module, skip_modules: Sequence[str]) -> dict[int, str]:
     "Return why modules keep their floats, by id; raise where a pattern names none."
     reasons = {}
     for pattern in skip_modules:
@@ -50,7 +50,7 @@ def _why_not(layer: _Layer, spared: dict[int, str], shared: bool) -> str | None:
     return spared.get(id(layer.module)) or kind or ("its weight is shared" if shared else layer.reason)
 
 # %% ../nbs/11_lora_vit.ipynb #choose
-def _choose(model: nn.Module, skip_modules: tuple[str, ...]) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+def _choose(model: nn.Module, skip_modules: Sequence[str]) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     "Return the linear layers to quantize by name, and why the other owners of weights are left; raise where none is chosen."
     spared, chosen, left = _spared(model, skip_modules), {}, {}
     for group in _matrices(model):
@@ -248,13 +248,20 @@ def _hub_config(source: str, config: ViTConfig) -> Any:
     return found
 
 # %% ../nbs/11_lora_vit.ipynb #bits-and-bytes
-def _load_4bit(source: str, found: Any, settings: BackboneQuantizationConfig) -> nn.Module:
+def _float_modules(model: nn.Module, config: ViTConfig) -> list[str]:
+    "Return the patterns of what stays float: `skip_modules`, and so much of `modules_to_save` as there is."
+    saved = config.lora.modules_to_save if config.lora and config.lora.enabled else ()
+    return [*config.quantization.skip_modules, *(name for name in saved if _named(model, name))]
+
+
+def _load_4bit(source: str, found: Any, config: ViTConfig) -> nn.Module:
     "Load a ViT by transformers, its layers packed by bitsandbytes while they are read."
     from transformers import BitsAndBytesConfig, ViTForImageClassification
 
-    _quantization_settings(settings, {})
+    settings = _quantization_settings(config.quantization, {})
     with torch.device("meta"):
-        chosen, left = _choose(ViTForImageClassification(found), settings.skip_modules)
+        empty = ViTForImageClassification(found)
+    chosen, left = _choose(empty, _float_modules(empty, config))
     for name, linear in chosen.items():
         _check_rows(name, linear, settings.blocksize)
     how = BitsAndBytesConfig(
@@ -275,7 +282,7 @@ def _load(source: str, config: ViTConfig, quantization: BackboneQuantizationConf
 
     if quantization and quantization.backend == "bitsandbytes" and quantization.blocksize == 64:
         with _section("quantization", BackboneQuantizationConfig):
-            return _load_4bit(source, found, quantization)
+            return _load_4bit(source, found, config)
     with _reading(source):
         return ViTForImageClassification.from_pretrained(source, config=found, ignore_mismatched_sizes=True, use_safetensors=True)
 
@@ -311,9 +318,8 @@ def build_model(
             lora = _with_current_names(model, lora)
             _check_lora(model, lora, quantization)
     if quantization and not getattr(model, "is_loaded_in_4bit", False):
-        saved = [name for name in (lora.modules_to_save if lora else ()) if _named(model, name)]
         with _section("quantization", BackboneQuantizationConfig):
-            quantize_backbone(model, quantization, skip_modules=[*quantization.skip_modules, *saved])
+            quantize_backbone(model, quantization, skip_modules=_float_modules(model, config))
     if lora:
         with _section("lora", LoRAConfig):
             apply_lora(model, lora)

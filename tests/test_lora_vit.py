@@ -311,6 +311,15 @@ def test_loaded_in_4_bits_by_transformers(folder, backend):
     assert all("lora_" in name or "classifier" in name for name in trained) and len(trained) == 8 + 2
 
 
+def test_what_is_trained_whole_is_not_packed_by_transformers(folder):
+    "modules_to_save are kept out of BitsAndBytesConfig's way, too."
+    pytest.importorskip("bitsandbytes"), pytest.importorskip("accelerate")
+    lora = {"backend": "manual", "modules_to_save": ["classifier", "layers.1.mlp.fc2"]}
+    model = build_model(ViTConfig(lora=lora, quantization={"backend": "bitsandbytes"}), folder)
+    assert type(model.vit.layers[1].mlp.fc2) is nn.Linear and model.vit.layers[1].mlp.fc2.weight.requires_grad
+    assert type(model.vit.layers[0].mlp.fc2).__name__ == "Linear4bit"
+
+
 def test_a_pattern_is_checked_before_loading(folder):
     "The way through BitsAndBytesConfig says the same of a pattern that names nothing."
     pytest.importorskip("bitsandbytes")
