@@ -154,10 +154,11 @@ def _verify(
 # %% ../nbs/14_cli.ipynb #save-plot
 def _save_plot(found, path: str) -> None:
     "Draw what has a plot into a PNG file, without a window."
-    import matplotlib
+    import matplotlib.pyplot as plt
 
-    matplotlib.use("Agg")
-    found.plot().savefig(path)
+    figure = found.plot()
+    figure.savefig(path)
+    plt.close(figure)
 
 # %% ../nbs/14_cli.ipynb #inspect
 def _inspect(
