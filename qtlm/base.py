@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .storage import CheckpointCorruptedError, CheckpointMismatchError
+from .storage import CheckpointCorruptedError, CheckpointMismatchError, CheckpointWriteError
 
 # %% ../nbs/07c_base.ipynb #frozen-tensors
 def frozen_tensors(
@@ -45,8 +45,10 @@ def digest_tensors(
 def describe_frozen(
     model: nn.Module,  # any module
 ) -> dict:  # `sha256` and `tensors`, their names; empty where nothing is frozen
-    "Return what a checkpoint says of the frozen weights that it does not hold."
+    "Return what a checkpoint says of the frozen weights that it does not hold; raise `CheckpointWriteError` where they are no plain tensors."
     tensors = {name.replace("_orig_mod.", ""): t for name, t in frozen_tensors(model).items()}
+    if beneath := [name for name in model.state_dict() if name.rpartition(".")[0].replace("_orig_mod.", "") in tensors]:
+        raise CheckpointWriteError("model", f"{beneath[0]}, a part of a weight", "plain tensors", "Use save_adapter, or backend: manual, for layers of bitsandbytes.")
     return {"sha256": digest_tensors(tensors), "tensors": sorted(tensors)} if tensors else {}
 
 # %% ../nbs/07c_base.ipynb #frozen-of

@@ -969,3 +969,17 @@ def test_messages_are_one_short_line(room):
             assert len(str(e.value)) <= 300 and str(e.value).isprintable() and e.value.path == step_dir and e.value.found
             (step_dir / name).write_bytes(data)
     assert pickle.loads(pickle.dumps(e.value)).args == e.value.args
+
+
+def test_layers_of_bitsandbytes_are_refused(room):
+    "Their weights are no plain tensors: said when they are saved, with all of them or with a digest, not when they should come back."
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 64, bias=False)
+    layer.load_state_dict({"weight": torch.randn(64, 64)})
+    model = nn.Sequential(layer.to("cpu"), nn.Linear(64, 2))
+    model[0].requires_grad_(False)
+    model(torch.randn(2, 64))
+    for save_frozen in (True, False):
+        with pytest.raises(CheckpointError) as e: save_checkpoint(model, path=room / "run", save_frozen=save_frozen)
+        assert "\n" not in str(e.value)
+    assert "save_adapter" in str(e.value) and not (room / "run").exists()
