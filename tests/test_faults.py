@@ -79,7 +79,7 @@ def acknowledged(pipe):
 
 
 def killed_saving(run, rng, shared, typical, aim):
-    "Let a child save, kill it at a random time after its first save, if `aim` at the next moment after a commit, and return the last step that it was told is saved."
+    "Let a child save, kill it at a random time after its first save, and then `aim`: at the next moment after a commit (0), in the next operation of one kind (1 to 7), anywhere (None). Return the last step that it was told is saved."
     shared[:2] = b"\0\0"
     reader, writer = os.pipe()
     child = os.fork()
@@ -89,7 +89,7 @@ def killed_saving(run, rng, shared, typical, aim):
     os.close(writer)
     first = int.from_bytes(os.read(reader, 8), "little")
     time.sleep(rng.uniform(0, 3 * typical))
-    while aim and not shared[1]: pass
+    while aim is not None and not (shared[1] if aim == 0 else shared[0] == aim): pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     last = acknowledged(reader)
@@ -108,7 +108,7 @@ def test_killed_at_random_times(room, kills):
         save_checkpoint(*trained(), {"step": step}, ["a"], step, room / "time", save_total_limit=2)
         times.append(time.perf_counter() - start)
     for number in range(kills):
-        saved = killed_saving(run, rng, shared, min(times), aim=number % 8 == 0)
+        saved = killed_saving(run, rng, shared, min(times), 0 if number % 8 == 0 else rng.randrange(1, 8) if number % 2 else None)
         hit[("between", *OPERATIONS)[shared[0]]] += 1
         ckpt = load_checkpoint(run, net())
         assert ckpt.step >= saved > newest and ckpt.config["step"] == ckpt.step, f"seed {seed}, kill {number}: {ckpt.step} after {saved} was acknowledged"
