@@ -219,11 +219,12 @@ class Recording:
 
 def recorded(room, monkeypatch):
     "The events of four saves, one of them of a step that is there already, and after which event which step was acknowledged."
-    recording, acknowledgements, digests = Recording(room), [], {}
+    (room / "disk").mkdir()
+    recording, acknowledgements, digests = Recording(room / "disk"), [], {}
     monkeypatch.setattr(storage, "_disk", recording)
     saves = [(1, 0.1, {}), (2, 0.2, {}), (2, 0.3, {}), (3, 0.4, {"save_total_limit": 1})]
     for step, value, options in saves:
-        path = save_checkpoint(net(value), config={"value": value}, step=step, path=room / "run", **options)
+        path = save_checkpoint(net(value), config={"value": value}, step=step, path=room / "disk" / "run", **options)
         digests.setdefault(step, set()).add(verify_checkpoint(path).digest)
         acknowledgements.append((len(recording.events), step))
     monkeypatch.undo()
@@ -321,8 +322,7 @@ def lost_power(room, events, acknowledgements, digests, rng, limit, stop=False):
 def test_power_goes_at_any_moment(room, monkeypatch):
     "C3: after each operation, with any part of what was not synced: never unloadable once a save was acknowledged, no acknowledged step lost, nothing wrong in silence."
     seed = 3
-    (room / "disk").mkdir()
-    events, acknowledgements, digests = recorded(room / "disk", monkeypatch)
+    events, acknowledgements, digests = recorded(room, monkeypatch)
     outcomes = lost_power(room, events, acknowledgements, digests, random.Random(seed), 400)
     assert set(outcomes) == {"sound"} and outcomes["sound"] >= 3000, f"seed {seed}: {outcomes}"
 
@@ -345,8 +345,7 @@ def syncs(events):
 def test_each_sync_is_needed(room, monkeypatch):
     "C3: take any one of them out, and the model of the power finds a state that is not sound."
     seed = 4
-    (room / "disk").mkdir()
-    events, acknowledgements, digests = recorded(room / "disk", monkeypatch)
+    events, acknowledgements, digests = recorded(room, monkeypatch)
     kinds = syncs(events)
     assert set(kinds) == {"model.pt", "config.json", "metadata.json", "manifest.json", "COMMITTED", "the directory of the step", "run", "the directory of the run"}, set(kinds)
     found = {}
