@@ -300,6 +300,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'qtlm.config._schedule_rules': ('config.html#_schedule_rules', 'qtlm/config.py'),
                              'qtlm.config._section': ('config.html#_section', 'qtlm/config.py'),
                              'qtlm.config._short': ('config.html#_short', 'qtlm/config.py'),
+                             'qtlm.config._to_names': ('config.html#_to_names', 'qtlm/config.py'),
                              'qtlm.config._to_overrides': ('config.html#_to_overrides', 'qtlm/config.py'),
                              'qtlm.config._to_path': ('config.html#_to_path', 'qtlm/config.py'),
                              'qtlm.config._to_tuple': ('config.html#_to_tuple', 'qtlm/config.py'),

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 # %% ../nbs/01_config.ipynb #config-error
 class ConfigError(ValueError):
@@ -250,15 +250,17 @@ def _to_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _to_names(value: Any) -> Any:
+    "Take `all-linear`, or a text that is no regular expression such as `*.query`, for a list with that one name."
+    if not isinstance(value, str): return value
+    try: re.compile(value)
+    except re.error: return (value,)
+    return (value,) if value == "all-linear" else value
+
+
 def _to_path(value: Any) -> Any:
     "Take a `pathlib.Path` for its text."
     return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _plain(value: Any) -> Any:
-    "Return NumPy's scalars and arrays as numbers and lists, and a mapping with texts for keys; anything else as it is."
-    if isinstance(value, Mapping): return {str(key): item for key, item in value.items()}
-    return value.tolist() if hasattr(value, "tolist") and hasattr(value, "ndim") else value
 
 
 def _check_device(device: str) -> str:
@@ -273,19 +275,16 @@ def _check_run_name(name: str) -> str:
     return name
 
 
-def _check_group_size(size: int) -> int:
-    "Refuse group sizes that group nothing."
-    if size != -1 and not 2 <= size <= 1 << 16: raise ValueError
-    return size
-
-
 _Text = Annotated[str, AfterValidator(_check_text)]
 _PathText = Annotated[str, BeforeValidator(_to_path), AfterValidator(_check_text)]
 _Names = Annotated[tuple[_Text, ...], BeforeValidator(_to_tuple)]
+_TextOrNames = Annotated[
+    Annotated[_Names, Tag("list")] | Annotated[_Text, Tag("text")], Discriminator(lambda value: "text" if isinstance(value, str) else "list"),
+    BeforeValidator(_to_names)]
+_Loggers = Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], BeforeValidator(_to_tuple)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Bits = Annotated[Literal[8, 4], BeforeValidator(_check_whole)]
 _Blocksize = Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_check_whole)]
-_GroupSize = Annotated[int, AfterValidator(_check_group_size)]
 
 # %% ../nbs/01_config.ipynb #kind
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a list of", dict: "a mapping of"}
@@ -317,6 +316,12 @@ class _Table(list):
     _repr_markdown_ = __repr__
 
 # %% ../nbs/01_config.ipynb #rows
+def _plain(value: Any) -> Any:
+    "Return NumPy's scalars and arrays as numbers and lists, and a mapping with texts for keys; anything else as it is."
+    if isinstance(value, Mapping): return {str(key): item for key, item in value.items()}
+    return value.tolist() if hasattr(value, "tolist") and hasattr(value, "ndim") else value
+
+
 def _write(value: Any) -> str:
     "Write a value as JSON that any YAML reader, old ones too, takes for the same value: 1e-08 needs a point for that."
     if isinstance(value, (list, tuple)): return f"[{', '.join(map(_write, value))}]"
@@ -365,8 +370,8 @@ def _near_name(kind: type, name: str) -> str:
 def _hint(info: Any, value: Any, item: bool = False) -> str:
     "Say what the writer of a wrong value may have meant."
     kind, text = _kind(info.annotation)[0], isinstance(value, str) and len(value) < 100
-    names = [option for option in get_args(kind) if isinstance(option, str)]
-    if text and (close := difflib.get_close_matches(value.lower(), names, 1)): return f"Did you mean {close[0]}?"
+    names = [option for part in (kind, *get_args(kind)) for option in get_args(part) if isinstance(option, str)]
+    if text and value not in names and (close := difflib.get_close_matches(value.lower(), names, 1)): return f"Did you mean {close[0]}?"
     if value is None: return f"Leave it out for the default, {_write(info.default)}."
     if kind is str: return "Put it in quotes." if isinstance(value, (bool, int, float)) else ""
     if get_origin(kind) is tuple and not item: return f"Write [{_short(value)}], in brackets." if text and value.strip() else ""
@@ -561,6 +566,14 @@ def _to_overrides(value: dict) -> _Overrides:
     return _Overrides({pattern: dict(value[pattern]) if problems else own for pattern, (own, problems) in renamed.items()})
 
 
+def _check_group_size(size: int) -> int:
+    "Refuse group sizes that group nothing."
+    if size != -1 and not 2 <= size <= 1 << 16: raise ValueError
+    return size
+
+
+_GroupSize = Annotated[int, AfterValidator(_check_group_size)]
+_NAMES_OR_TEXT = "names or globs; or one text: all-linear, a glob, or a regular expression for whole names"
 _GROUPS = "that is -1 or from 2 to 65536"
 
 
@@ -676,6 +689,9 @@ class _RunFields(Config):
     seed: int = _field(0, "Start of every random draw", unit="number", ge=0, lt=1 << 32, example=1234)
     dtype: Literal["fp32", "bf16"] = _field(
         "fp32", "Numbers that activations are computed in; weights stay fp32", unit="name", example="bf16")
+    parallel: Literal["ddp", "fsdp"] = _field(
+        "ddp", "Where torchrun starts more than one process: each has the whole model (ddp), or a part of every weight (fsdp)", unit="name",
+        example="fsdp")
     compile: bool = _field(False, "Compile the model with torch.compile first", unit="switch", example=True, aliases=("torch_compile",))
     device: Annotated[str, AfterValidator(_check_device)] = _field(
         "auto", "Where to compute; auto: the accelerator that is there, or the CPU", unit="name",
@@ -693,6 +709,9 @@ class _RunFields(Config):
     early_stopping_threshold: float = _field(
         0.0, "How much lower a loss must be to count as better", unit="nats a token", ge=0, le=100, example=0.001)
     logging_steps: int = _field(1, "Show the loss every so many steps", unit="steps", ge=1, le=10**9, example=10, aliases=("log_interval",))
+    report_to: _Loggers = _field(
+        (), "Where numbers go as they come, beside the history file that a kept run always has", unit="names", range="tensorboard, trackio, wandb",
+        example=["tensorboard"])
     save_steps: int | None = _field(None, "Save every so many steps; null: at the end", unit="steps", ge=1, le=10**9, example=500)
     save_total_limit: int | None = _field(None, "Checkpoints to keep, the newest; null: all", unit="checkpoints", ge=1, le=10**9, example=2)
     save_frozen: bool = _field(True, "Save weights that are not trained, too; false: a digest of them", unit="switch", example=False)
@@ -938,19 +957,22 @@ def _lora_rule(c: BaseModel) -> Iterator[_Problem]:
         yield _Problem(("target_modules",), "no module", "at least one, or enabled: false", also=("enabled",))
 
 
+_own = BeforeValidator(lambda name: "manual" if name == "native" else name)  # two words for qtlm's own
+
+
 class LoRAConfig(Config):
     "Low-rank adapters beside frozen weights."
     _rules = (_lora_rule,)
     enabled: bool = _field(True, "Use the adapters", unit="switch", example=False)  # a section that is written is meant
-    backend: Literal["auto", "manual", "peft"] = _field(
-        "auto", "Whose adapters: qtlm's own (manual, auto) or peft's", unit="name", example="peft")
+    backend: Annotated[Literal["auto", "manual", "peft"], _own] = _field(
+        "auto", "Whose adapters: qtlm's own (manual, native) or peft's; auto: peft's where it is installed, else qtlm's; the log says which",
+        unit="name", example="peft")
     r: int = _field(8, "Rank of an adapter", unit="features", ge=1, le=1 << 16, example=16, aliases=("rank", "lora_r"))  # peft's default
     lora_alpha: float = _field(16.0, "The adapter counts lora_alpha / r", unit="factor", gt=0, le=1e6, example=32.0, aliases=("alpha",))
     lora_dropout: float = _field(0.0, "Share of the adapter's inputs dropped in training", unit="probability", ge=0, lt=1, example=0.1)
-    target_modules: _Names = _field(
-        ("query", "value"), "Linear layers that get an adapter", unit="module names", range="names or globs",
-        example=["query", "key", "value"])  # those of the LoRA paper
-    exclude_modules: _Names = _field((), "Of those, the ones that get none", unit="module names", range="names or globs", example=["*.0.*"])
+    target_modules: _TextOrNames = _field(  # by default those of the LoRA paper
+        ("query", "value"), "Linear layers that get an adapter", unit="module names", range=_NAMES_OR_TEXT, example=["query", "key", "value"])
+    exclude_modules: _TextOrNames = _field((), "Of those, the ones that get none", unit="module names", range=_NAMES_OR_TEXT, example=["*.0.*"])
     modules_to_save: _Names = _field(("classifier",), "Layers trained whole", unit="module names", range="names or globs", example=["head"])
     use_rslora: bool = _field(False, "Divide by the root of r instead of r", unit="switch", example=True)
     use_dora: bool = _field(False, "Learn the length of each weight row apart from its direction", unit="switch", example=True)
@@ -966,11 +988,10 @@ class BackboneQuantizationConfig(Config):
     "A frozen backbone in 4 bits."
     _rules = (_backend_rule,)
     enabled: bool = _field(True, "Quantize the backbone", unit="switch", example=False)
-    backend: Literal["auto", "manual", "bitsandbytes"] = _field(
-        "auto", "Whose 4 bits: qtlm's own (manual, auto) or another's", unit="name", example="bitsandbytes")
-    quant_type: Literal["nf4", "fp4", "int4"] = _field(
-        "nf4", "The 16 values of a code", unit="name", example="fp4",
-        aliases=("bnb_4bit_quant_type",))  # fits normally distributed weights
+    backend: Annotated[Literal["auto", "manual", "bitsandbytes"], _own] = _field(
+        "auto", "Whose 4 bits: qtlm's own (manual, native, auto) or those of bitsandbytes, with the same bytes", unit="name", example="bitsandbytes")
+    quant_type: Literal["nf4", "fp4", "int4"] = _field(  # by default the one that fits normally distributed weights
+        "nf4", "The 16 values of a code", unit="name", example="fp4", aliases=("bnb_4bit_quant_type",))
     blocksize: _Blocksize = _field(64, "Weights that share a scale", unit="weights", example=128)  # QLoRA's
     double_quant: bool = _field(False, "Quantize the scales too", unit="switch", example=True, aliases=("bnb_4bit_use_double_quant",))
     compute_dtype: Literal["fp32", "bf16", "fp16"] = _field(

@@ -129,6 +129,7 @@ def test_extended_model_configuration(tmp_path):
     ("lora: {r: 2048}", "lora.r: 2048; expected at most 768"), ("quantization: {quant_type: int8}", "expected one of nf4, fp4, int4"),
     ("quantization: {blocksize: 100}", "blocksize: 100; expected one of 32, 64"), ("quantisation: {}", "Did you mean quantization?"),
     ("image_size: 30", "image_size: 30; expected a multiple of patch_size = 16"), ("hidden_size: 100", "a multiple of num_attention_heads = 12"),
+    ("lora: {backend: natve}", "expected one of auto, manual, peft"), ("lora: {target_modules: [3]}", "target_modules[0]: 3; expected a list of names"),
     ("lora: {lora_dropout: 1}", "lora.lora_dropout: 1; expected a number >= 0 and < 1"),
 ])
 def test_configuration_validation(tmp_path, text, message):
@@ -280,6 +281,10 @@ BAD_VALUES = [  # what stands in the file, what the line must say
     ("run_name: aux", "run_name: the text 'aux'; "),
     ("output_dir: ''", "output_dir: an empty text; "),
     ("text: \"a\\0b\"", "text: the text 'a\\x00b'; expected text without control characters, or null."),
+    ("parallel: dpp", "parallel: the text 'dpp'; expected one of ddp, fsdp. Did you mean ddp?"),
+    ("parallel:", "parallel: null; expected one of ddp, fsdp. Leave it out for the default, \"ddp\"."),
+    ("report_to: [wanbd]", "report_to[0]: the text 'wanbd'; expected a list of tensorboard, trackio, wandb. Did you mean wandb?"),
+    ("report_to: tensorboard", "report_to: the text 'tensorboard'; expected a list of tensorboard, trackio, wandb. Write [tensorboard], in brackets."),
     ("save_steps: 0", "save_steps: 0; expected an integer >= 1 and <= 1000000000, or null."),
     ("save_total_limit: -1", "save_total_limit: -1; "),
     ("validation_fraction: 1", "validation_fraction: 1; expected a number >= 0 and < 1."),
@@ -671,3 +676,30 @@ def test_describe_takes_names(name):
 
 def test_empty_path_is_no_folder():
     assert "load_config: an empty text; expected a path" in one_line(refusal(load_config, ""))
+
+
+# ---- fields that came later ----
+
+def test_a_config_saved_before_these_fields_existed_still_loads(tmp_path):
+    "What they mean then is what was done then."
+    later = ("parallel", "report_to")
+    old = {name: value for name, value in TrainingConfig(seed=3).to_dict().items() if name not in later}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert len(old) == len(TrainingConfig.model_fields) - len(later)
+    assert load_config(tmp_path / "config.json") == TrainingConfig(seed=3, parallel="ddp", report_to=[])
+
+
+@pytest.mark.parametrize("text, taken", [
+    ("all-linear", ("all-linear",)), ("'*.query'", ("*.query",)), (r"'.*\.[01]\.query'", r".*\.[01]\.query"), ("[query, '*.key']", ("query", "*.key"))])
+def test_target_modules_as_in_peft(tmp_path, text, taken):
+    "A list of names and globs, or one text; both load again as they are."
+    (tmp_path / "vit.yaml").write_text(f"lora:\n  target_modules: {text}\n  exclude_modules: {text}\n")
+    config = load_config(tmp_path / "vit.yaml", kind=ViTConfig)
+    assert config.lora.target_modules == config.lora.exclude_modules == taken
+    for name in ("again.yaml", "again.json"):
+        assert load_config(save_config(config, tmp_path / name), kind=ViTConfig) == config
+
+
+def test_two_words_for_what_is_our_own():
+    "native is manual, for adapters and for 4 bits."
+    assert LoRAConfig(backend="native") == LoRAConfig(backend="manual") and BackboneQuantizationConfig(backend="native").backend == "manual"
