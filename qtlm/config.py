@@ -258,11 +258,6 @@ def _to_names(value: Any) -> Any:
     return (value,) if value == "all-linear" else value
 
 
-def _to_path(value: Any) -> Any:
-    "Take a `pathlib.Path` for its text."
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
 def _check_device(device: str) -> str:
     "Refuse what names no device of torch's."
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", device): raise ValueError
@@ -276,12 +271,13 @@ def _check_run_name(name: str) -> str:
 
 
 _Text = Annotated[str, AfterValidator(_check_text)]
-_PathText = Annotated[str, BeforeValidator(_to_path), AfterValidator(_check_text)]
+_PathText = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value), AfterValidator(_check_text)]
 _Names = Annotated[tuple[_Text, ...], BeforeValidator(_to_tuple)]
 _TextOrNames = Annotated[
     Annotated[_Names, Tag("list")] | Annotated[_Text, Tag("text")], Discriminator(lambda value: "text" if isinstance(value, str) else "list"),
     BeforeValidator(_to_names)]
-_Loggers = Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], BeforeValidator(_to_tuple)]
+_Logger = Literal["tensorboard", "trackio", "wandb"]
+_Loggers = Annotated[tuple[_Logger, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else _to_tuple(value), list[_Logger] | _Logger)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Bits = Annotated[Literal[8, 4], BeforeValidator(_check_whole)]
 _Blocksize = Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_check_whole)]
@@ -339,6 +335,19 @@ def _rows(kind: type) -> list[dict]:
         "default": _write(info.default), "example": _write(info.examples[0]),
         "also called": ", ".join(info.json_schema_extra["aliases"]),
     } for name, info in kind.model_fields.items()]
+
+
+def _for_editors(schema: dict[str, Any]) -> dict[str, Any]:
+    "Put what an editor shows of a field into its description, and give each of a field's other names a place of its own."
+    for part in (schema, *schema.get("$defs", {}).values()):
+        own, part["properties"] = part["properties"], {}
+        for name, field in own.items():
+            unit, words, aliases = (field.pop(key) for key in ("unit", "range", "aliases"))
+            about = f"{field['description']}. Unit: {unit}.{f' Range: {words}.' if words else ''}"
+            field = {key: value for key, value in field.items() if key not in ("title", "needs")} | {"description": about}
+            part["properties"][name] = field
+            part["properties"] |= {alias: field | {"description": f"Another name of {name}. {about}"} for alias in aliases}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
 
 # %% ../nbs/01_config.ipynb #names
 @functools.cache
@@ -478,8 +487,8 @@ class Config(BaseModel):
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:  # JSON Schema, draft 2020-12
-        "Return the schema that editors complete and check configuration files by."
-        return cls.model_json_schema()
+        "Return the schema that editors complete and check configuration files by: each field with its unit, range and default, by all its names."
+        return _for_editors(cls.model_json_schema())
 
     def to_yaml(
         self,

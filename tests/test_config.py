@@ -284,7 +284,7 @@ BAD_VALUES = [  # what stands in the file, what the line must say
     ("parallel: dpp", "parallel: the text 'dpp'; expected one of ddp, fsdp. Did you mean ddp?"),
     ("parallel:", "parallel: null; expected one of ddp, fsdp. Leave it out for the default, \"ddp\"."),
     ("report_to: [wanbd]", "report_to[0]: the text 'wanbd'; expected a list of tensorboard, trackio, wandb. Did you mean wandb?"),
-    ("report_to: tensorboard", "report_to: the text 'tensorboard'; expected a list of tensorboard, trackio, wandb. Write [tensorboard], in brackets."),
+    ("report_to: all", "report_to[0]: the text 'all'; expected a list of tensorboard, trackio, wandb."),
     ("save_steps: 0", "save_steps: 0; expected an integer >= 1 and <= 1000000000, or null."),
     ("save_total_limit: -1", "save_total_limit: -1; "),
     ("validation_fraction: 1", "validation_fraction: 1; expected a number >= 0 and < 1."),
@@ -483,8 +483,11 @@ def test_parameter_count_is_that_of_the_model():
 def test_schema_and_tables_come_from_the_fields(kind):
     "The schema that editors use has every field, its limits and its example; the tables have every field."
     schema = kind.json_schema()
-    assert list(schema["properties"]) == list(kind.model_fields) and schema["additionalProperties"] is False
-    assert all(part["description"] and part["examples"] and part["unit"] for part in schema["properties"].values())
+    names = {alias: name for name, info in kind.model_fields.items() for alias in [name, *info.json_schema_extra["aliases"]]}
+    assert list(schema["properties"]) == list(names) and schema["additionalProperties"] is False
+    for name, part in schema["properties"].items():
+        own = schema["properties"][names[name]]
+        assert part["examples"] and "Unit: " in part["description"] and {**part, "description": ""} == {**own, "description": ""}
     json.dumps(schema)
     assert [row["field"] for row in kind.describe()] == list(kind.model_fields)
     for shown in (kind()._repr_markdown_(), repr(kind.describe())):
