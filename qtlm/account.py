@@ -33,13 +33,15 @@ class LayerInfo:
     sqnr: float | None  # signal over rounding noise of the weights, dB; None: unknown, or float
     tied_to: str | None  # the layer whose weights these are
     reason: str | None  # why it was left alone; None: it was not
+    quant_type: str | None = None  # of a frozen layer with an absmax a block (chapter 04g): "nf4", "fp4" or "int4"; None: any other
+    double_quant: bool | None = None  # whether its absmax are quantized, too; None: it has none
 
     @property
     def scheme(self) -> str:
-        "The scheme in a word or two: `int4 / 64, gptq`, `int8, nearest, static`, `float`."
+        "The scheme in a word or two: `int4 / 64, gptq`, `int8, nearest, static`, `nf4 / 64, double`, `float`."
         group = "" if self.group_size is None else " / row" if self.group_size == -1 else f" / {self.group_size}"
-        more = [word for word in (self.rounding, self.type if self.type == "static" else None) if word]
-        return ", ".join([f"int{self.bits}{group}", *more]) if self.bits else "float"
+        more = [word for word in (self.rounding, self.type if self.type == "static" else None, "double" if self.double_quant else None) if word]
+        return ", ".join([f"{self.quant_type or f'int{self.bits}'}{group}", *more]) if self.bits else "float"
 
 # %% ../nbs/04d_account.ipynb #table-row
 def _table_row(r: LayerInfo) -> str:
@@ -90,12 +92,43 @@ def _quantized_rows(model: nn.Module) -> dict[str, LayerInfo]:
             rows[name] = _row(name, kind, m.shape, own, packed, tied_to=None if owner == name else owner, **_scheme(m))
     return rows
 
+# %% ../nbs/04d_account.ipynb #blockwise-scheme
+def _blockwise_scheme(m: nn.Module) -> dict | None:
+    "Return the scheme of a layer with an absmax a block; None for any other."
+    weight = m._parameters.get("weight")
+    if (state := getattr(weight, "quant_state", None)) is not None and hasattr(m, "in_features"):  # bitsandbytes
+        return {"quant_type": state.quant_type, "group_size": state.blocksize, "double_quant": weight.compress_statistics}
+    if "absmax" not in m._buffers or not hasattr(m, "quant_type"):
+        return None
+    return {"quant_type": m.quant_type, "group_size": m.blocksize, "double_quant": m.double_quant}
+
+# %% ../nbs/04d_account.ipynb #blockwise-tensors
+def _blockwise_tensors(m: nn.Module) -> list[Tensor]:
+    "Return all tensors that such a layer keeps, its scales included."
+    weight, bias = m._parameters.get("weight"), m._parameters.get("bias")
+    own = [] if bias is None else [bias]
+    if weight is None:
+        return [*m.buffers(recurse=False), *own]
+    state = weight.quant_state
+    second = (state.offset, state.state2.absmax) if state.nested else ()
+    return [weight.detach().as_subclass(Tensor), state.absmax, *second, *own]
+
+# %% ../nbs/04d_account.ipynb #blockwise-rows
+def _blockwise_rows(model: nn.Module) -> dict[str, LayerInfo]:
+    "Return the row of each layer with an absmax a block."
+    rows = {}
+    for name, m in model.named_modules():
+        if scheme := _blockwise_scheme(m):
+            shape = (m.out_features, m.in_features)
+            rows[name] = _row(name, "Linear", shape, _blockwise_tensors(m), math.prod(shape), bits=4, sqnr=getattr(m, "sqnr", None), **scheme)
+    return rows
+
 # %% ../nbs/04d_account.ipynb #float-rows
 def _float_rows(model: nn.Module) -> dict[str, LayerInfo]:
     "Return the row of each owner of weight matrices that is float, with the reason."
     reasons, counted, rows = getattr(model, "_left_alone", {}), set(), {}
     for group in _matrices(model):
-        for layer in (layer for layer in group if layer.name not in rows and "qat" not in vars(layer.module)):
+        for layer in (layer for layer in group if layer.name not in rows and "qat" not in vars(layer.module) and not _blockwise_scheme(layer.module)):
             mine = {id(p): p for p in layer.module.parameters(recurse=False)}
             own, shape = [p for i, p in mine.items() if i not in counted], next(p.shape for p in mine.values() if p.dim() > 1)
             counted |= mine.keys()
@@ -184,10 +217,20 @@ class QuantizationInfo:
         return plain | rows | {"bits_per_weight": self.bits_per_weight}
 
     def __repr__(self) -> str:
-        what = f"{self.bits if self.bits == 'mixed' else f'INT{self.bits}'}, {self.type}" if self.mode else "float"
+        names = {(row.quant_type or f"int{self.bits}").upper() for row in self.layers.values()}
+        name = "mixed" if self.bits == "mixed" or len(names) > 1 else "".join(names)
+        what = (f"{name}, {self.type}" if self.type else name) if self.mode else "float"
         return f"**{what}**: {self.parameters:,} parameters in {self.bytes:,} bytes, {self.bits_per_weight:.2f} bits per weight\n\n{self.report}"
 
     _repr_markdown_ = __repr__
+
+# %% ../nbs/04d_account.ipynb #kept
+def _kept_tensors(model: nn.Module) -> list[Tensor]:
+    "Return all tensors that hold a model's weights, each once: parameters, and what quantized layers keep."
+    packed = [t for m in model.modules() if _blockwise_scheme(m) for t in _blockwise_tensors(m)]
+    buffers = [b for m in model.modules() if isinstance(m, _Quantized) for b in m.buffers(recurse=False)]
+    floats = [p for p in model.parameters() if not hasattr(p, "quant_state")]
+    return list({_weight_key(t): t for t in (*floats, *buffers, *packed)}.values())
 
 # %% ../nbs/04d_account.ipynb #get-quantization-info
 def get_quantization_info(
@@ -195,19 +238,19 @@ def get_quantization_info(
 ) -> QuantizationInfo:  # the account; a table in Jupyter
     "Say how a model is quantized, layer by layer, and what its weights take (buffers of its own are not counted)."
     _check_model(model := getattr(model, "_orig_mod", model), change=False)  # a compiled model is looked at through its wrapper
-    layers, parameters = _quantized_rows(model) | _training_rows(model), list(model.parameters())
+    training = _training_rows(model)
+    layers = _quantized_rows(model) | training | _blockwise_rows(model)
     integer = [m for m in model.modules() if isinstance(m, _Quantized)]
-    codes = {_weight_key(m.codes): math.prod(m.shape) for m in integer}
-    buffers = {_weight_key(b): b for m in integer for b in m.buffers(recurse=False)}.values()
+    codes = {_weight_key(m.codes): math.prod(m.shape) for m in integer} | {name: math.prod(row.shape) for name, row in layers.items() if row.quant_type}
     linear = [row for row in layers.values() if row.kind != "Embedding"]
     bits = {row.bits for row in linear if not row.tied_to} or {row.bits for row in layers.values()}
     types = {row.type for row in linear} or {"dynamic"}
     return QuantizationInfo(
-        mode=integer[0].quantization_mode if integer else "qat" if layers else None,
+        mode=integer[0].quantization_mode if integer else "qat" if training else "ptq" if layers else None,
         bits=None if not bits else "mixed" if len(bits) > 1 else bits.pop(),
         type=None if not layers else "mixed" if len(types) > 1 else types.pop(),
         layers=layers,
         left_alone=_float_rows(model),
-        parameters=sum(codes.values()) + sum(p.numel() for p in parameters),
-        bytes=_bytes((*parameters, *buffers)),
+        parameters=sum(codes.values()) + sum(p.numel() for p in model.parameters() if not hasattr(p, "quant_state")),
+        bytes=_bytes(_kept_tensors(model)),
     )

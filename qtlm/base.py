@@ -8,6 +8,9 @@ __all__ = ['frozen_tensors', 'digest_tensors', 'describe_frozen']
 # %% ../nbs/07c_base.ipynb #imports
 import hashlib
 import importlib.metadata
+import itertools
+import json
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .storage import CheckpointCorruptedError, CheckpointMismatchError, CheckpointWriteError
+from .storage import CheckpointCorruptedError, CheckpointMismatchError
+
+# %% ../nbs/07c_base.ipynb #owner
+def _owner(name: str, names) -> str | None:
+    "Return the one of `names` that a tensor is a part of: a.weight for a.weight.absmax."
+    parts = itertools.accumulate(name.split("."), "{}.{}".format)
+    return next((part for part in parts if part in names and part != name), None)
 
 # %% ../nbs/07c_base.ipynb #frozen-tensors
 def frozen_tensors(
@@ -27,7 +36,7 @@ def frozen_tensors(
         if getattr(module, "frozen", False) is True:
             tensors |= {f"{place}.{name}" if place else name: buffer for name, buffer in module.named_buffers(recurse=False)}
     saved = model.state_dict(keep_vars=True)
-    return {name: t for name, t in tensors.items() if name in saved}
+    return {name: t for name, t in saved.items() if name in tensors or _owner(name, tensors)}
 
 # %% ../nbs/07c_base.ipynb #digest
 def digest_tensors(
@@ -36,7 +45,7 @@ def digest_tensors(
     "Return one digest for all of these tensors: of their names, dtypes, shapes and bytes, in the order of their names."
     digest = hashlib.sha256()
     for name, t in sorted(tensors.items()):
-        t = t.detach().cpu().contiguous()
+        t = t.detach().as_subclass(Tensor).cpu().contiguous()
         digest.update(f"{name} {t.dtype} {list(t.shape)}\n".encode())
         digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()) if t.numel() else b"")
     return digest.hexdigest()
@@ -45,10 +54,8 @@ def digest_tensors(
 def describe_frozen(
     model: nn.Module,  # any module
 ) -> dict:  # `sha256` and `tensors`, their names; empty where nothing is frozen
-    "Return what a checkpoint says of the frozen weights that it does not hold; raise `CheckpointWriteError` where they are no plain tensors."
+    "Return what a checkpoint says of the frozen weights that it does not hold."
     tensors = {name.replace("_orig_mod.", ""): t for name, t in frozen_tensors(model).items()}
-    if beneath := [name for name in model.state_dict() if name.rpartition(".")[0].replace("_orig_mod.", "") in tensors]:
-        raise CheckpointWriteError("model", f"{beneath[0]}, a part of a weight", "plain tensors", "Use save_adapter, or backend: manual, for layers of bitsandbytes.")
     return {"sha256": digest_tensors(tensors), "tensors": sorted(tensors)} if tensors else {}
 
 # %% ../nbs/07c_base.ipynb #frozen-of
@@ -63,6 +70,38 @@ def _frozen_of(path: Path, told: Any, live: dict[str, Tensor]) -> dict[str, Tens
     if missing or digest_tensors({name: live[name] for name in names}) != digest:
         raise CheckpointMismatchError(path, found, "the model that it was trained beside", "Build or load that first.")
     return {name: live[name] for name in names}
+
+# %% ../nbs/07c_base.ipynb #packed-layers
+def _packed_layers(model: nn.Module) -> dict[str, nn.Module]:
+    "Return the layers whose weight is in parts, by the name of the weight."
+    layers = model.named_modules(remove_duplicate=False)
+    return {f"{place}.weight".lstrip("."): m for place, m in layers if getattr(m._parameters.get("weight"), "quant_state", None) is not None}
+
+
+def _told(parts: dict[str, Tensor]) -> tuple[dict, float]:
+    "Return what the bytes of JSON among the parts of a weight say, the mean of its scales apart; raise `ValueError` where there are none."
+    texts = [bytes(t.tolist()) for name, t in parts.items() if name.startswith("quant_state.")]
+    said = json.loads(texts[0]) if len(texts) == 1 else None
+    mean = said.pop("nested_offset", 0.0) if isinstance(said, dict) else math.nan
+    if type(mean) is not float or not math.isfinite(mean):
+        raise ValueError("parts of a packed weight without its quant_state")
+    return said, mean
+
+# %% ../nbs/07c_base.ipynb #load-tensors
+def _load_tensors_(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    "Load a whole state dict, weights in parts included; raise `ValueError` where those are packed in another way."
+    layers = _packed_layers(model)
+    parts = {name: {} for name in layers}
+    for name, t in tensors.items():
+        if owner := _owner(name, layers):
+            parts[owner][name.removeprefix(f"{owner}.")] = t.clone()
+    for name, layer in layers.items():
+        if _told(parts[name])[0] != _told(layer.weight.quant_state.as_dict(packed=True))[0]:
+            raise ValueError(f"{name} is packed in another way")
+    model.load_state_dict({name: t for name, t in tensors.items() if not _owner(name, layers)}, strict=True)
+    for name, layer in layers.items():
+        state = type(layer.weight.quant_state).from_dict(parts[name], layer.weight.device)
+        layer.weight.quant_state = layer.quant_state = state
 
 # %% ../nbs/07c_base.ipynb #environment
 def _environment(model: nn.Module) -> dict:

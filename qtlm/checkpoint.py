@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import _environment, _frozen_of, describe_frozen
+from .base import _environment, _frozen_of, _load_tensors_, describe_frozen
 from .config import LoRAConfig, ModelConfig, QuantizationConfig, TrainingConfig, ViTConfig
 from .data import Vocab, load_vocab
 from .model import TinyLM
@@ -279,7 +279,8 @@ def _check_fit(path: Path, tensors: dict[str, Tensor], live: dict[str, Tensor]) 
             raise mismatch(f"{what} {some}", "the tensors of the model given", "Build the model that was saved.")
     for name, t in live.items():
         saved = tensors[name]
-        if saved.shape != t.shape or saved.dtype != t.dtype:
+        of_any_length = ".quant_state." in name and t.dtype == torch.uint8  # JSON, which is compared when it is loaded
+        if saved.dtype != t.dtype or saved.shape != t.shape and not of_any_length:
             raise mismatch(f"{name} is {saved.dtype} {list(saved.shape)}", f"{t.dtype} {list(t.shape)}", "Nothing is cast or cut to fit.")
     for name, first in _ties(live).items():
         if tensors[name] is not tensors[first] and not torch.equal(tensors[name], tensors[first]):
@@ -315,7 +316,7 @@ def _match_quantization(ckpt: Checkpoint, model: nn.Module) -> None:
         except Exception as e:
             raise mismatch(f"layers that the model given cannot have ({e})", "its own", "Give the model saved.") from None
     for name, t in ckpt._tensors.items():
-        if name.rpartition(".")[0] in want and t.is_floating_point():
+        if name.rpartition(".")[0].removesuffix(".weight") in want and t.is_floating_point():
             if not torch.isfinite(t).all() or (name.rpartition(".")[2] in ("scale", "input_scale") and t.min() < 0):
                 raise CheckpointCorruptedError(ckpt.path, f"{name} holds NaN, infinity or a negative scale", "scales", file="model.pt")
 
@@ -369,6 +370,7 @@ def _unchanged_on_error(model: nn.Module, optimizer):
     modules = [(m, type(m), {**vars(m), **{k: dict(vars(m)[k]) for k in tables}}) for m in model.modules()]
     distinct = {id(t): t for t in _live(model).values()}  # a tied tensor once
     tensors = [(t, t.detach().clone()) for t in distinct.values()]
+    notes = [(p, dict(vars(p))) for p in model.parameters() if vars(p)]  # where bitsandbytes keeps the scales of a packed weight
     state = {} if optimizer is None else {**vars(optimizer), "state": copy.copy(optimizer.state)}
     entries = [(d, dict(d)) for d in (*optimizer.state.values(), *optimizer.param_groups)] if state else []
     groups = list(optimizer.param_groups) if state else []
@@ -380,6 +382,9 @@ def _unchanged_on_error(model: nn.Module, optimizer):
             vars(m).update(attributes)
         with torch.no_grad():
             for t, old in tensors: t.copy_(old)
+        for p, kept in notes:
+            vars(p).clear()
+            vars(p).update(kept)
         if state:
             vars(optimizer).clear()
             vars(optimizer).update(state)
@@ -426,7 +431,7 @@ def _restore(ckpt: Checkpoint, model: nn.Module | None, optimizer, trainer) -> C
         _refuse_nonfinite(CheckpointCorruptedError, ckpt.path, inner, tensors)
         if optimizer is not None: _check_optimizer(ckpt.path, saved, inner, optimizer)
         try:
-            inner.load_state_dict({name: tensors[name.replace("_orig_mod.", "")] for name in inner.state_dict()}, strict=True)
+            _load_tensors_(inner, {name: tensors[name.replace("_orig_mod.", "")] for name in inner.state_dict()})
             if optimizer is not None: _load_optimizer(optimizer, saved)
             if trainer is not None: _load_trainer(trainer, ckpt.training_state)
         except Exception as e:

@@ -16,8 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .account import _plain, get_quantization_info, LayerInfo, QuantizationInfo, QuantizationReport  # noqa: F401  (also importable from here)
+from .account import _blockwise_scheme, _plain, get_quantization_info, LayerInfo, QuantizationInfo, QuantizationReport  # noqa: F401  (also importable from here)
 from .batches import evaluation_mode
+from .blockwise import _BLOCKSIZES, BlockwiseLinear
 from .calibration import _fast_path_closed, _kept, _observe, _reached, _readable, _show_, _watch, calibrate, Calibration  # noqa: F401
 from .config import QuantizationConfig, TrainingConfig
 from .kernels import KernelError
@@ -88,7 +89,8 @@ def _integer_layers(tasks: list[_Task], seen: Calibration | None = None) -> dict
     return made
 
 # %% ../nbs/05_quantization.ipynb #swap
-_STANDARD = {*vars(nn.Linear(1, 1)), *vars(nn.Embedding(1, 1)), *vars(QuantLinear(1, 1)), *vars(QuantEmbedding(1, 1))}
+_STANDARD = {name for kind in (nn.Linear, nn.Embedding, QuantLinear, QuantEmbedding, BlockwiseLinear) for name in vars(kind(1, 1))}
+_STANDARD |= {"compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu"}  # bitsandbytes' layers
 _HOOKS = {name for name in _STANDARD if name.startswith(("_forward", "_backward")) or name == "_is_full_backward_hook"}
 
 
@@ -384,38 +386,68 @@ def quantize_model_ptq(
     return quantized
 
 # %% ../nbs/05_quantization.ipynb #dequantize-model
+_NOTES = ("_left_alone", "quantization_report", "is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer")  # ours, and transformers'
+
+
+def _dequantized(module: nn.Module) -> Tensor:
+    "Return the weights that a quantized layer of any kind computes with, as its float layer has them."
+    if callable(getattr(module, "dequantize", None)):
+        w = module.dequantize()
+        return w.t().contiguous() if getattr(module, "transposed", False) else w
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+
+
+def _plain_layer(module: nn.Module, weight: nn.Parameter) -> nn.Module:
+    "Return the float layer in place of a quantized one of any kind."
+    if isinstance(module, _Quantized):
+        return _float_layer(module, weight)
+    new = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    new.weight = weight
+    return new.train(module.training)
+
+# %% ../nbs/05_quantization.ipynb #dequantize-model-2
 def dequantize_model(
     model: nn.Module,  # a quantized model
     *,
     inplace: bool = False,  # turn `model` itself back; otherwise it stays as it is and a copy comes back
-) -> nn.Module:  # float32, with plain nn.Linear and nn.Embedding
+) -> nn.Module:  # float32, with plain nn.Linear and nn.Embedding; what was frozen still is
     "Turn a quantized model into an ordinary float32 one with the weights that the integers stood for."
     _check_model(model)
     weights, new = {}, {}
     with torch.inference_mode(False):
-        for module in (module for module in model.modules() if isinstance(module, _Quantized)):
-            if (key := _weight_key(module.codes)) not in weights:
-                turned = module.dequantize().t().contiguous() if getattr(module, "transposed", False) else module.dequantize()
-                weights[key] = nn.Parameter(turned, requires_grad=not module.frozen)
-            new[id(module)] = _float_layer(module, weights[key])
+        for module in (module for module in model.modules() if isinstance(module, _Quantized) or _blockwise_scheme(module)):
+            if (key := _weight_key(module.codes if hasattr(module, "codes") else module.weight)) not in weights:
+                weights[key] = nn.Parameter(_dequantized(module), requires_grad=not getattr(module, "frozen", True))
+            new[id(module)] = _plain_layer(module, weights[key])
         if not new:
             raise QuantizationError("model: found no quantized layer; expected a model from quantize_model_ptq or a checkpoint of one.")
         done = _swap(model, new, inplace).float()
     for module in done.modules():
-        vars(module).pop("_left_alone", None)
+        for note in _NOTES:
+            vars(module).pop(note, None)
+    vars(getattr(done, "config", None) or done).pop("quantization_config", None)
     _open_fast_paths_(done)
     return done
 
 # %% ../nbs/05_quantization.ipynb #quantization-metadata
+def _blockwise_entry(row: LayerInfo, layer: nn.Module) -> dict:
+    "Return what is to be known of a frozen 4-bit layer besides what any layer's entry says."
+    own = hasattr(layer, "codes")  # not bitsandbytes'
+    dtype = str(layer.compute_dtype).removeprefix("torch.") if own and layer.compute_dtype else None
+    return {"quant_type": row.quant_type, "double_quant": row.double_quant, "backend": "manual" if own else "bitsandbytes", "compute_dtype": dtype}
+
+
 def quantization_metadata(
     model: nn.Module,  # quantized, or float: then no layers are described
 ) -> dict:  # JSON-compatible: format_version, mode, layers by name, left_alone by name
     "Describe a model's quantized layers, so that `restore_quantization` can build them again."
     info, layers = get_quantization_info(model := getattr(model, "_orig_mod", model)), {}
     for name, row in info.layers.items():
-        plain = _plain(row)
-        layers[name] = {key: plain[key] for key in ("bits", "type", "group_size", "shape", "tied_to", "sqnr", "rounding", "symmetric")} | {
-            "kind": row.kind.lower(), "bias": getattr(model.get_submodule(name), "bias", None) is not None}  # fmt: skip
+        plain, layer = _plain(row), model.get_submodule(name)
+        layers[name] = {key: plain[key] for key in ("bits", "type", "group_size", "shape", "tied_to", "sqnr", "rounding", "symmetric")}
+        layers[name] |= {"kind": row.kind.lower(), "bias": getattr(layer, "bias", None) is not None} | (_blockwise_entry(row, layer) if row.quant_type else {})
     in_training = [m for m in model.modules() if "qat" in vars(m)]
     more = {"prepared": True, "learned_scales": any("log_scale" in m._parameters for m in in_training)} if in_training else {}
     return {"format_version": 1, "mode": info.mode, "layers": layers, "left_alone": {n: r.reason for n, r in info.left_alone.items()}, **more}
@@ -433,15 +465,29 @@ _ENTRY: dict[str, tuple[Callable, str]] = {
     "tied_to": (lambda v: v is None or isinstance(v, str), "a layer's name or None"),
     "sqnr": (lambda v: v is None or type(v) in (int, float), "a number or None"),
 }
+_BLOCKWISE_ENTRY: dict[str, tuple[Callable, str]] = _ENTRY | {  # frozen layers with an absmax a block
+    "kind": (lambda v: v == "linear", "'linear'"),
+    "bits": (lambda v: type(v) is int and v == 4, "4"),
+    "group_size": (lambda v: type(v) is int and v in _BLOCKSIZES, f"one of {', '.join(map(str, _BLOCKSIZES))}"),
+    **dict.fromkeys(("type", "symmetric", "rounding", "tied_to"), (lambda v: v is None, "None")),
+    "quant_type": (lambda v: v in ("nf4", "fp4", "int4"), "'nf4', 'fp4' or 'int4'"),
+    "double_quant": (lambda v: isinstance(v, bool), "true or false"),
+    "backend": (lambda v: v in ("manual", "bitsandbytes"), "'manual' or 'bitsandbytes'"),
+    "compute_dtype": (lambda v: v in (None, "float32", "bfloat16", "float16", "float64"), "a float dtype or None"),
+}
 
 # %% ../nbs/05_quantization.ipynb #check-entry
 def _check_entry(name: str, entry: dict, layers: dict) -> None:
     "Refuse a description of a layer that no layer could have."
-    if not isinstance(entry, dict) or entry.keys() ^ _ENTRY.keys():
-        raise QuantizationError(f"{name}: found {str(entry)[:80]}; expected the keys {', '.join(_ENTRY)}.")
-    for key, (fits, expected) in _ENTRY.items():
+    blockwise = isinstance(entry, dict) and "quant_type" in entry
+    fields = _BLOCKWISE_ENTRY if blockwise else _ENTRY
+    if not isinstance(entry, dict) or entry.keys() ^ fields.keys():
+        raise QuantizationError(f"{name}: found {str(entry)[:80]}; expected the keys {', '.join(fields)}.")
+    for key, (fits, expected) in fields.items():
         if not fits(entry[key]):
             raise QuantizationError(f"{name}.{key}: found {str(entry[key])[:60]!r}; expected {expected}.")
+    if blockwise:
+        return
     size, owner, shared = entry["group_size"], layers.get(entry["tied_to"]), ("bits", "group_size", "shape")
     if (size is None) != (entry["bits"] == 8) or size not in (None, -1) and entry["shape"][1] % size:
         raise QuantizationError(f"{name}.group_size: found {size} for {entry['bits']} bits and the width {entry['shape'][1]}; expected one that fits.")
@@ -469,6 +515,8 @@ def _check_place(model: nn.Module, name: str, entry: dict) -> nn.Module:
     if kind != entry["kind"] or _reason(module) or list(_matrix(module).shape) != shape or bias != entry["bias"]:
         found = "no such layer" if module is None else str(module)[:100]
         raise QuantizationError(f"{name}: found {found}; expected {entry['kind']} of shape {shape} with{'' if entry['bias'] else 'out'} a bias.")
+    if entry.get("backend") == "bitsandbytes":
+        raise QuantizationError(f"{name}: is a layer of bitsandbytes; expected a model that has it. Build it with quantize_backbone(model, backend='bitsandbytes').")
     return module
 
 # %% ../nbs/05_quantization.ipynb #check-ties
@@ -481,6 +529,19 @@ def _check_ties(model: nn.Module, layers: dict) -> None:
             raise QuantizationError(f"{names}: share one weight in the model; expected the same of the description. Was it made from another model?")
 
 # %% ../nbs/05_quantization.ipynb #restore-quantization
+def _empty_layer(module: nn.Module, entry: dict, mode: str) -> nn.Module:
+    "Return the empty quantized layer that an entry describes, for a float one."
+    if "quant_type" in entry:
+        dtype = entry["compute_dtype"] and getattr(torch, entry["compute_dtype"])
+        scheme = (entry["quant_type"], entry["group_size"], entry["double_quant"], dtype)
+        made = BlockwiseLinear(module.in_features, module.out_features, entry["bias"], *scheme, module.weight.dtype, module.weight.device).train(module.training)
+        made.sqnr = entry["sqnr"]
+        return made
+    made = _integer_layer(module, entry["bits"], entry["group_size"], module.weight.device, entry["symmetric"])
+    made.sqnr, made.rounding, made.quantization_mode = entry["sqnr"], entry["rounding"], mode
+    return made
+
+
 def restore_quantization(
     model: nn.Module,  # the float model; its layers are replaced
     metadata: dict,  # from `quantization_metadata`, perhaps by way of JSON
@@ -493,8 +554,7 @@ def restore_quantization(
     modules = {name: _check_place(model, name, entry) for name, entry in layers.items()}
     _check_ties(model, layers)
     for name, entry in layers.items():
-        made = new[id(modules[name])] = _integer_layer(modules[name], entry["bits"], entry["group_size"], modules[name].weight.device, entry["symmetric"])
-        made.sqnr, made.rounding, made.quantization_mode = entry["sqnr"], entry["rounding"], metadata["mode"]
+        new[id(modules[name])] = _empty_layer(modules[name], entry, metadata["mode"])
     for name, entry in layers.items():
         if entry["tied_to"] is not None:
             owner = new[id(modules[entry["tied_to"]])]
