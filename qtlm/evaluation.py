@@ -6,12 +6,15 @@
 __all__ = ['EvaluationError', 'evaluate', 'ComparisonRow', 'Comparison', 'compare']
 
 # %% ../nbs/12_evaluation.ipynb #imports
+import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from html import escape
+from typing import Any
 
 import numpy as np
 import torch
@@ -174,7 +177,7 @@ def _speeds(models: dict[str, nn.Module], batches: Iterable, repeats: int) -> di
 
 # %% ../nbs/12_evaluation.ipynb #columns
 _COLUMNS = {  # heading: text of the cell, or None where the figure is not known
-    "model": lambda r: " ".join(r.name.split()).replace("|", "\\|"),
+    "model": lambda r: " ".join(r.name.split()),
     "bits/weight": lambda r: f"{r.bits_per_weight:.2f}",
     "bytes": lambda r: f"{r.bytes:,}",
     "times smaller": lambda r: f"{r.ratio:.2f}",
@@ -191,8 +194,43 @@ _COLUMNS = {  # heading: text of the cell, or None where the figure is not known
 def _table(columns: dict[str, list]) -> str:
     "Return a Markdown table from its columns, those without any figure left out."
     columns = {head: cells for head, cells in columns.items() if any(cells)}
+    bar = "\\|"
     lines = [columns, [":--", *["--:"] * (len(columns) - 1)], *zip(*columns.values())]
-    return "\n".join(f"| {' | '.join(str(cell or '') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(str(cell or '').replace('|', bar) for cell in line)} |" for line in lines)
+
+# %% ../nbs/12_evaluation.ipynb #html
+def _html(columns: dict[str, list]) -> str:
+    "Return an HTML table from its columns, those without any figure left out."
+    columns = {head: cells for head, cells in columns.items() if any(cells)}
+    cell = lambda tag, text, first: f'<{tag} style="text-align: {"left" if first else "right"}">{escape(str(text or ""))}</{tag}>'
+    line = lambda tag, cells: f"<tr>{''.join(cell(tag, text, i == 0) for i, text in enumerate(cells))}</tr>"
+    return "\n".join(["<table>", f"<thead>{line('th', columns)}</thead>", "<tbody>", *(line("td", row) for row in zip(*columns.values())), "</tbody>", "</table>"])
+
+# %% ../nbs/12_evaluation.ipynb #pareto
+def _pareto(rows: Iterable[ComparisonRow]) -> list[ComparisonRow]:
+    "Return the rows that no other beats in bytes and loss, the smallest first."
+    front, best = [], math.inf
+    for row in sorted((r for r in rows if not math.isnan(r.loss)), key=lambda r: (r.bytes, r.loss)):
+        if row.loss < best:
+            front.append(row)
+            best = row.loss
+    return front
+
+# %% ../nbs/12_evaluation.ipynb #plot-comparison
+def _plot_comparison(rows: Sequence[ComparisonRow], ax: Any) -> Any:
+    "Draw size against loss, with the Pareto front as a line; return the axes."
+    import matplotlib.pyplot as plt
+
+    ax, front = plt.subplots()[1] if ax is None else ax, _pareto(rows)
+    ax.plot([r.bytes / 1e6 for r in front], [r.loss for r in front], color="0.8", zorder=0, label="Pareto front")
+    for row in rows:
+        ax.errorbar(row.bytes / 1e6, row.loss, yerr=row.delta_error, fmt="o", capsize=3, mfc=None if row in front else "none")
+        ax.annotate(f" {row.name}", (row.bytes / 1e6, row.loss), xytext=(4, 4), textcoords="offset points")
+    small = min(rows, key=lambda row: row.bytes)
+    ax.set(xlabel="weights (MB)", ylabel="loss (nats/token)", title=f"{small.name}: {small.ratio:.1f} times smaller, {small.delta_loss:+.4f} nats/token")
+    ax.set_xlim(0, 1.25 * ax.get_xlim()[1])  # sizes are compared from 0; room for the names
+    ax.margins(y=0.2)
+    return ax
 
 # %% ../nbs/12_evaluation.ipynb #comparison
 @dataclass(frozen=True, repr=False)
@@ -203,35 +241,51 @@ class Comparison:
     reference: str  # name of the model that the others are held against
     tokens: int  # targets that were counted
 
-    def to_dict(self) -> dict: # JSON-compatible
-        "Return all figures by the model's name."
-        return {"reference": self.reference, "tokens": self.tokens, "models": {row.name: asdict(row) for row in self.rows}}
+    def to_dict(self) -> dict: # texts, numbers, lists and None
+        "Return all figures by the model's name, and which models are on the Pareto front of bytes and loss."
+        models = {row.name: asdict(row) for row in self.rows}
+        return {"reference": self.reference, "tokens": self.tokens, "pareto": [row.name for row in self.pareto()], "models": models}
+
+    def to_json(
+        self,
+        indent: int | None = 2,  # spaces a level; None: one line
+    ) -> str: # JSON text, with null for what is no finite number
+        "Return what `to_dict` gives as JSON."
+        plain = lambda v: None if isinstance(v, float) and not math.isfinite(v) else list(map(plain, v)) if isinstance(v, tuple) else v
+        found = self.to_dict()
+        found["models"] = {name: {key: plain(value) for key, value in figures.items()} for name, figures in found["models"].items()}
+        return json.dumps(found, indent=indent, allow_nan=False)
+
+    def _cells(self, timing: bool) -> dict[str, list]:
+        return {head: [cell(row) for row in self.rows] for head, cell in _COLUMNS.items() if timing or "tokens/s" not in head}
 
     def to_markdown(
         self,
         timing: bool = True,  # with the column of speeds, which differ from run to run
     ) -> str: # a Markdown table
         "Return the table."
-        return _table({head: [cell(row) for row in self.rows] for head, cell in _COLUMNS.items() if timing or "tokens/s" not in head})
+        return _table(self._cells(timing))
+
+    def to_html(
+        self,
+        timing: bool = True,  # with the column of speeds, which differ from run to run
+    ) -> str: # an HTML table
+        "Return the table for a page."
+        return _html(self._cells(timing))
+
+    def pareto(self) -> list[ComparisonRow]: # the smallest first
+        "Return the models that no other beats: none is as small with less loss, or smaller with as little."
+        return _pareto(self.rows)
 
     _repr_markdown_ = __repr__ = lambda self: self.to_markdown()
+    _repr_html_ = lambda self: self.to_html()
 
     def plot(
         self,
         ax=None,  # matplotlib axes to draw on; None: new ones
     ): # the axes
-        "Draw size against loss."
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots()[1] if ax is None else ax
-        for row in self.rows:
-            ax.errorbar(row.bytes / 1e6, row.loss, yerr=row.delta_error, fmt="o", capsize=3)
-            ax.annotate(f" {row.name}", (row.bytes / 1e6, row.loss), xytext=(4, 4), textcoords="offset points")
-        small = min(self.rows, key=lambda row: row.bytes)
-        ax.set(xlabel="weights (MB)", ylabel="loss (nats/token)", title=f"{small.name}: {small.ratio:.1f} times smaller, {small.delta_loss:+.4f} nats/token")
-        ax.set_xlim(0, 1.25 * ax.get_xlim()[1])  # sizes are compared from 0; room for the names
-        ax.margins(y=0.2)
-        return ax
+        "Draw size against loss, and the Pareto front."
+        return _plot_comparison(self.rows, ax)
 
 # %% ../nbs/12_evaluation.ipynb #check-models
 def _check_models(models, reference: str | None) -> str:

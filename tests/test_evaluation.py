@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 from qtlm.config import ModelConfig
 from qtlm.data import Batches, ByteVocab, CharVocab, DataError, Tokens
-from qtlm.evaluation import Comparison, EvaluationError, compare, evaluate
+from qtlm.evaluation import Comparison, ComparisonRow, EvaluationError, compare, evaluate
 from qtlm.model import TinyLM
 from qtlm.quantization import get_quantization_info, quantize_model_ptq
 
@@ -290,6 +291,8 @@ def test_the_plot(model, ids):
     assert [t.get_text().strip() for t in ax.texts] == ["float", "int4"] and "MB" in ax.get_xlabel() and "nats" in ax.get_ylabel()
     points = [line.get_xydata()[0].tolist() for line in ax.lines if line.get_marker() == "o"]
     assert points == [[row.bytes / 1e6, row.loss] for row in result.rows]
+    [front] = [line.get_xydata().tolist() for line in ax.lines if line.get_label() == "Pareto front"]
+    assert front == [[row.bytes / 1e6, row.loss] for row in result.pareto()]
     assert result.plot(ax) is ax and "times smaller" in ax.get_title()
     matplotlib.pyplot.close("all")
 
@@ -357,3 +360,31 @@ def test_models_with_windows_of_different_length_are_held_to_the_shortest(model,
     again = compare({"long": longer, "short": model}, (batch for batch in batches), repeats=1)
     assert [r.loss for r in again.rows] == pytest.approx([r.loss for r in both.rows], rel=1e-6) and again.tokens == 300
     assert again.rows[0].tokens_per_second > 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 6), st.one_of(st.integers(0, 6).map(float), st.just(math.nan))), max_size=8))
+def test_the_pareto_front_is_what_nobody_beats(points):
+    "Word by word: no other is as small with less loss, or smaller with as little; of equals one stands for all."
+    rows = [replace(ROW, name=str(i), bytes=size, loss=loss) for i, (size, loss) in enumerate(points)]
+    beats = lambda a, b: a.bytes <= b.bytes and a.loss <= b.loss and (a.bytes, a.loss) != (b.bytes, b.loss)
+    fair = {(b.bytes, b.loss) for b in rows if not math.isnan(b.loss) and not any(beats(a, b) for a in rows)}
+    front = Comparison(tuple(rows), "0", 1).pareto()
+    assert [(r.bytes, r.loss) for r in front] == sorted(fair)
+
+
+ROW = ComparisonRow("a", 1.0, 0.0, 0.0, math.e, None, 1.0, 0.0, 8, 8, 8.0, 1.0, None, None)
+
+
+def test_html_and_json(model, ids):
+    "The cells of the Markdown table, escaped for a page; all figures, with null for what is no number."
+    broken = make()
+    broken.model["norm"].weight.data.fill_(float("nan"))
+    result = compare({"a": model, "<b>|c": broken}, ids, repeats=1)
+    page = result._repr_html_()
+    assert page.count("<tr>") == 3 and "&lt;b&gt;|c" in page and "<b>" not in page and page == result.to_html()
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page)
+    assert cells[:len(cells) // 2] == [cell.strip() for cell in result.to_markdown().splitlines()[2].strip("|").split("|")]
+    read = json.loads(result.to_json(), parse_constant=pytest.fail)
+    assert read["models"]["<b>|c"]["loss"] is None and read["models"]["a"]["loss"] == result.rows[0].loss and read["pareto"] == ["a"]
+    assert len(read["models"]["a"]["tokens_per_second_range"]) == 2 and "\n" not in result.to_json(indent=None)
