@@ -203,7 +203,16 @@ def _lora_settings(config: LoRAConfig | Mapping | None, overrides: dict) -> tupl
     fields = {**(config or {}), **overrides}
     texts = {name for name in ("target_modules", "exclude_modules") if isinstance(fields.get(name), str)}
     settings = LoRAConfig(**fields | {name: [fields[name]] for name in texts})
-    return settings, {name for name in texts if fields[name] != "all-linear"}
+    return settings, {name for name in texts if fields[name] != "all-linear" and not fields[name].startswith(("*", "?"))}  # globs, no expressions
+
+
+_RENAMED = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+
+
+def _with_current_names(model: nn.Module, settings: LoRAConfig, fields: tuple[str, ...] = ("target_modules", "exclude_modules")) -> LoRAConfig:
+    "Return settings in which listed names that the model does not have are the ones that they have become."
+    now = lambda names: [_RENAMED[name] if name in _RENAMED and not _named(model, name) else name for name in names]
+    return settings.replace(**{field: now(names) for field in fields if not isinstance(names := getattr(settings, field), str)})
 
 # %% ../nbs/10a_lora.ipynb #saved
 def _check_own(model: nn.Module, name: str, module: nn.Module, together) -> None:
@@ -343,6 +352,8 @@ def apply_lora(
     settings, regexes = _lora_settings(config, overrides)
     if settings.enabled:
         _check_fresh(model)
+        if "target_modules" not in settings.model_fields_set:
+            settings = _with_current_names(model, settings, ("target_modules",))
         saved = _saved(model, settings)
         _install_(model, settings, _targets(model, settings, regexes, saved), saved)
     return model
@@ -361,7 +372,8 @@ def _packed(model: nn.Module) -> dict[tuple, int]:
     found = {_weight_key(m.codes): math.prod(m.shape) for m in model.modules() if isinstance(m, _Quantized)}
     for m in model.modules():
         w = m._parameters.get("weight")
-        if not isinstance(m, (_Quantized, LoRALinear)) and _features(m) and (w is None or not w.is_floating_point()):
+        wrapper = "base_layer" in m._modules  # an adapter, of either backend
+        if not wrapper and not isinstance(m, _Quantized) and _features(m) and (w is None or not w.is_floating_point()):
             found[(id(m),)] = m.in_features * m.out_features
     return found
 

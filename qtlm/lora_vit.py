@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .account import _float_rows, _row, LayerInfo, QuantizationReport
+from .account import _blockwise_rows, _float_rows, QuantizationReport
 from .blockwise import BlockwiseLinear
 from .config import BackboneQuantizationConfig, ConfigError, load_config, LoRAConfig, ViTConfig
 from .layers import _check_model, _Layer, _matrices, QuantizationError
-from .lora import _backend, _check_fresh, _installed, _inventory, _named, _saved, _targets, apply_lora, LoRAError
-from .quantization import _swap
+from .lora import _backend, _check_fresh, _installed, _inventory, _lora_settings, _named, _saved, _targets, _with_current_names, apply_lora, LoRAError
+from .quantization import _dequantized, _swap
 from .vit import ViT
 
 # %% ../nbs/11_lora_vit.ipynb #inside
@@ -70,6 +70,12 @@ def _compute_dtype(settings: BackboneQuantizationConfig) -> torch.dtype | None:
     return _DTYPES[settings.compute_dtype] if "compute_dtype" in settings.model_fields_set else None
 
 # %% ../nbs/11_lora_vit.ipynb #linear-4bit
+def _keep_bytes_(layer: nn.Module) -> nn.Module:
+    "Keep a layer of bitsandbytes from packing itself anew for inference on processors with bfloat16: that rounds its scales, for good."
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
 def _linear_4bit(linear: nn.Linear, settings: BackboneQuantizationConfig) -> nn.Module:
     "Return the layer of bitsandbytes that takes the place of a float one."
     from bitsandbytes.nn import Linear4bit, Params4bit
@@ -78,7 +84,7 @@ def _linear_4bit(linear: nn.Linear, settings: BackboneQuantizationConfig) -> nn.
     new = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=_compute_dtype(settings), device="meta", **options)
     new.weight = Params4bit(linear.weight.detach(), blocksize=settings.blocksize, module=new, **options).to(linear.weight.device)
     new.bias = linear.bias
-    return new.train(linear.training)
+    return _keep_bytes_(new).train(linear.training)
 
 # %% ../nbs/11_lora_vit.ipynb #check-rows
 def _check_rows(name: str, linear: nn.Linear, blocksize: int) -> None:
@@ -96,32 +102,11 @@ def _pack(name: str, linear: nn.Linear, settings: BackboneQuantizationConfig) ->
         return _linear_4bit(linear, settings)
     return BlockwiseLinear.from_linear(linear, settings.quant_type, settings.blocksize, settings.double_quant, _compute_dtype(settings))
 
-# %% ../nbs/11_lora_vit.ipynb #row
-def _tensors(layer: nn.Module) -> list[Tensor]:
-    "Return all tensors that a 4-bit layer keeps, the scales included."
-    if isinstance(layer, BlockwiseLinear):
-        return [*layer.buffers(), *layer.parameters()]
-    state = layer.weight.quant_state
-    scales = [state.absmax, *((state.offset, state.state2.absmax) if state.nested else ())]
-    return [layer.weight.data, *scales, *(p for name, p in layer.named_parameters() if name == "bias")]
-
-# %% ../nbs/11_lora_vit.ipynb #floats
-def _floats(layer: nn.Module) -> Tensor:
-    "Return the weights that a 4-bit layer computes with."
-    if isinstance(layer, BlockwiseLinear):
-        return layer.dequantize()
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-
-# %% ../nbs/11_lora_vit.ipynb #row-of
-def _packed_row(name: str, layer: nn.Module, blocksize: int, quant_type: str, before: Tensor | None) -> LayerInfo:
-    "Return the account of a 4-bit layer; `before`: its float weights, where they are known."
-    shape, sqnr = (layer.out_features, layer.in_features), None
-    if before is not None:
-        signal, noise = before.detach().double(), _floats(layer).double() - before.detach().double()
-        sqnr = 10 * math.log10(signal.square().sum() / noise.square().sum()) if noise.any() else math.inf
-    return _row(name, "Linear", shape, _tensors(layer), math.prod(shape), bits=4, group_size=blocksize, rounding=quant_type, sqnr=sqnr)
+# %% ../nbs/11_lora_vit.ipynb #sqnr
+def _sqnr(before: Tensor, after: Tensor) -> float:
+    "Return the squared weights over the squared rounding errors, dB; infinity where nothing was lost."
+    signal, noise = before.detach().double(), after.double() - before.detach().double()
+    return 10 * math.log10(signal.square().sum() / noise.square().sum()) if noise.any() else math.inf
 
 # %% ../nbs/11_lora_vit.ipynb #freeze
 def _freeze_backbone_(model: nn.Module) -> None:
@@ -157,10 +142,10 @@ def _check_unadapted(model: nn.Module) -> None:
 _logger = logging.getLogger("qtlm")
 
 
-def _note_(model: nn.Module, rows: list[LayerInfo], left: dict[str, str]) -> None:
+def _note_(model: nn.Module, left: dict[str, str]) -> None:
     "Freeze a model, and keep the account of its layers with it."
     _freeze_backbone_(model)
-    model._left_alone = left
+    model._left_alone, rows = left, _blockwise_rows(model).values()
     model.quantization_report = QuantizationReport((*rows, *(row for name, row in _float_rows(model).items() if name in left)))
     before, after = (sum(getattr(row, name) for row in rows) for name in ("bytes_before", "bytes"))
     _logger.info("quantization: %d layers in 4 bits, %d bytes -> %d", len(rows), before, after)
@@ -178,9 +163,10 @@ def quantize_backbone(
         chosen, left = _choose(model, settings.skip_modules)
         with torch.inference_mode(False):  # tensors made inside inference mode could never take part in a backward pass
             made = {name: _pack(name, linear, settings) for name, linear in chosen.items()}
-            rows = [_packed_row(name, new, settings.blocksize, settings.quant_type, chosen[name].weight) for name, new in made.items()]
+            for name, new in made.items():
+                new.sqnr = _sqnr(chosen[name].weight, _dequantized(new))
             _swap(model, {id(chosen[name]): new for name, new in made.items()}, inplace=True)
-        _note_(model, rows, left)
+        _note_(model, left)
     return model
 
 # %% ../nbs/11_lora_vit.ipynb #section
@@ -194,22 +180,14 @@ def _section(name: str, kind: type) -> Iterator[None]:
             raise
         raise ConfigError(f"ViTConfig: {name}.{error}") from None
 
-# %% ../nbs/11_lora_vit.ipynb #current-names
-_RENAMED = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
-
-
-def _with_current_names(model: nn.Module, lora: LoRAConfig) -> LoRAConfig:
-    "Return adapters' settings in which names that the model does not have are the ones that they have become."
-    current = lambda names: [_RENAMED[name] if name in _RENAMED and not _named(model, name) else name for name in names]
-    return lora.replace(target_modules=current(lora.target_modules), exclude_modules=current(lora.exclude_modules))
-
 # %% ../nbs/11_lora_vit.ipynb #check-lora
 def _check_lora(model: nn.Module, lora: LoRAConfig, quantization: BackboneQuantizationConfig | None) -> None:
     "Refuse adapters that the model cannot have, before anything is changed."
     if lora.backend == "peft" and quantization and quantization.backend != "bitsandbytes":
         raise LoRAError("backend: peft has no adapter for qtlm's 4-bit layers; expected manual or auto. Or take quantization.backend: bitsandbytes.")
     _backend(lora.backend, [])
-    _targets(model, lora, set(), _saved(model, lora))
+    settings, regexes = _lora_settings(lora, {})
+    _targets(model, settings, regexes, _saved(model, settings))
 
 # %% ../nbs/11_lora_vit.ipynb #check-shape
 _SHAPE = ("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "qkv_bias", "layer_norm_eps")
@@ -271,7 +249,9 @@ def _load_4bit(source: str, found: Any, config: ViTConfig) -> nn.Module:
     options = {"config": found, "ignore_mismatched_sizes": True, "use_safetensors": True, "device_map": {"": "cpu"}}
     with _reading(source):
         model = ViTForImageClassification.from_pretrained(source, quantization_config=how, **options)
-    _note_(model, [_packed_row(name, model.get_submodule(name), settings.blocksize, settings.quant_type, None) for name in chosen], left)
+    for name in chosen:
+        _keep_bytes_(model.get_submodule(name))
+    _note_(model, left)
     return model
 
 # %% ../nbs/11_lora_vit.ipynb #load
