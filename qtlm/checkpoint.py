@@ -73,7 +73,7 @@ def _live(model: nn.Module) -> dict[str, Tensor]:
     live = {name.replace("_orig_mod.", ""): t for name, t in _unwrap(model).state_dict(keep_vars=True).items()}
     for name, t in live.items():
         if not isinstance(t, Tensor): raise CheckpointError("model", f"{name} is a {type(t).__name__}", "a state dict of tensors")
-    return live
+    return {name: t.detach().as_subclass(Tensor) if hasattr(t, "quant_state") else t for name, t in live.items()}  # bitsandbytes' packed weights
 
 # %% ../nbs/08_checkpoint.ipynb #ties
 def _ties(live: dict[str, Tensor]) -> dict[str, str]:

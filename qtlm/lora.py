@@ -372,7 +372,7 @@ def _packed(model: nn.Module) -> dict[tuple, int]:
     found = {_weight_key(m.codes): math.prod(m.shape) for m in model.modules() if isinstance(m, _Quantized)}
     for m in model.modules():
         w = m._parameters.get("weight")
-        wrapper = "base_layer" in m._modules  # an adapter, of either backend
+        wrapper = not {"base_layer", "original_module"}.isdisjoint(m._modules)  # an adapter, of either backend, or what peft puts around a head
         if not wrapper and not isinstance(m, _Quantized) and _features(m) and (w is None or not w.is_floating_point()):
             found[(id(m),)] = m.in_features * m.out_features
     return found
@@ -382,7 +382,8 @@ def get_nb_trainable_parameters(
     model: nn.Module,  # any module, quantized or not
 ) -> TrainableParameters:  # trainable, total, share
     "Count the parameters of a model, and those that are trained; shared ones count once."
-    floats = sum(p.numel() for p in model.parameters() if p.is_floating_point())
+    unused = {id(p) for m in model.modules() if "original_module" in m._modules for p in m.original_module.parameters()}  # peft keeps a head that it copied
+    floats = sum(p.numel() for p in model.parameters() if p.is_floating_point() and id(p) not in unused)
     trainable, total = sum(t.numel() for _, t in trainable_tensors(model)), floats + sum(_packed(model).values())
     return TrainableParameters(trainable, total, trainable / max(1, total))
 

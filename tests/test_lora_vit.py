@@ -8,13 +8,19 @@ import pytest
 import torch
 from torch import nn
 
+from qtlm.account import get_quantization_info
 from qtlm.adapters import load_adapter, save_adapter
+from qtlm.base import frozen_tensors
 from qtlm.blockwise import BlockwiseLinear
+from qtlm.checkpoint import load_checkpoint, save_checkpoint
 from qtlm.config import BackboneQuantizationConfig, ConfigError, ModelConfig, ViTConfig
 from qtlm.layers import QuantizationError
-from qtlm.lora import LoRALinear, apply_lora
+from qtlm.lora import LoRAError, LoRALinear, apply_lora, get_nb_trainable_parameters
 from qtlm.lora_vit import build_model, quantize_backbone
 from qtlm.model import TinyLM
+from qtlm.quantization import dequantize_model, quantization_metadata
+from qtlm.resume import assert_resume_exact
+from qtlm.storage import CheckpointMismatchError
 from qtlm.trainer import Trainer
 from qtlm.vit import ViT
 
@@ -337,6 +343,155 @@ def test_adapters_beside_bitsandbytes_are_saved(backend, tmp_path):
     save_adapter(model, tmp_path)
     again, fresh = load_adapter(build_model(SHAPE.replace(quantization=section), vit()), tmp_path), build_model(SHAPE.replace(quantization=section), vit())
     assert torch.allclose(again.train()(IMAGES), model.train()(IMAGES), atol=1e-5) and (fresh.train()(IMAGES) - model(IMAGES)).abs().max() > 0.01
+
+
+def beside(lora="peft", seed=1, **quantization):
+    "A backbone packed by bitsandbytes with adapters beside it, as a new process would build it."
+    pytest.importorskip("bitsandbytes")
+    if lora == "peft":
+        pytest.importorskip("peft")
+    torch.manual_seed(2)
+    start = ViT(SHAPE, generator=torch.Generator().manual_seed(seed))
+    return build_model(SHAPE.replace(lora={"backend": lora, "r": 4, "lora_dropout": 0.1}, quantization={"backend": "bitsandbytes"} | quantization), start)
+
+
+def said(model):
+    "What a model says of the pictures, in evaluation mode."
+    with torch.no_grad():
+        return model.eval()(IMAGES)
+
+
+@pytest.mark.parametrize("save_frozen", [True, False])
+@pytest.mark.parametrize("lora", ["peft", "manual"])
+@pytest.mark.parametrize("scheme", [{"double_quant": True}, {"quant_type": "fp4", "blocksize": 32}])
+def test_layers_of_bitsandbytes_in_checkpoints(scheme, lora, save_frozen, room):
+    "Packed bytes, scales and adapters come back, as plain tensors, into a model built the same way; a whole checkpoint even over another backbone."
+    model = beside(lora, **scheme)
+    Trainer(model, train_data=[(IMAGES, LABELS)] * 2, max_steps=2, learning_rate=2e-2, progress=False).train()
+    path = save_checkpoint(model, None, None, None, 2, room, save_frozen=save_frozen)
+    tensors = torch.load(path / "model.pt", weights_only=True)
+    assert any(name.endswith("weight.absmax") for name in tensors) == save_frozen and {type(t) for t in tensors.values()} == {torch.Tensor}
+    again = beside(lora, seed=7 if save_frozen else 1, **scheme)
+    assert not torch.equal(said(again), said(model))
+    load_checkpoint(path, model=again)
+    assert torch.equal(said(again), said(model))
+    for name, t in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], t), name
+    for other, says in ((beside(lora, **scheme | {"quant_type": "fp4" if len(scheme) == 1 else "nf4"}), "another quantization of"), (beside(lora, seed=7, **scheme), "other frozen weights")):
+        before = {name: t.clone() for name, t in other.state_dict().items()}
+        if save_frozen and "other" in says[:5]:
+            continue
+        with pytest.raises(CheckpointMismatchError, match=says):
+            load_checkpoint(path, model=other)
+        assert all(torch.equal(t, before[name]) for name, t in other.state_dict().items())
+
+
+def test_a_load_that_fails_leaves_the_scales(room):
+    "The optimizer does not fit: weights and scales are those from before."
+    model = beside("manual", double_quant=True)
+    wrong = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad][:2])
+    path = save_checkpoint(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]), None, None, 1, room)
+    other = beside("manual", seed=7, double_quant=True)
+    before, logits = {name: t.clone() for name, t in other.state_dict().items()}, said(other)
+    with pytest.raises(CheckpointMismatchError):
+        load_checkpoint(path, model=other, optimizer=wrong)
+
+    class Refusing:
+        def state_dict(self): return {}
+        def load_state_dict(self, state): raise KeyError("no")
+    path = save_checkpoint(model, None, None, None, 2, room, trainer=Refusing())
+    with pytest.raises(CheckpointMismatchError, match="refused it"):
+        load_checkpoint(path, model=other, trainer=Refusing())
+    assert all(torch.equal(t, before[name]) for name, t in other.state_dict().items()) and torch.equal(said(other), logits)
+
+
+@pytest.mark.parametrize("save_frozen", [True, False])
+def test_resume_beside_bitsandbytes_is_exact(save_frozen):
+    "QLoRA by peft and bitsandbytes, interrupted, with evaluations between the steps: the same run to the bit."
+    def started(**more):
+        data = list(zip(IMAGES.split(2), LABELS.split(2)))
+        return Trainer(beside(double_quant=True), train_data=data, eval_data=data[:1], eval_steps=1, max_steps=4, learning_rate=1e-2, progress=False, save_frozen=save_frozen, **more)
+    assert assert_resume_exact(started, at=[1, 3]) == 2
+
+
+def test_evaluation_leaves_the_bytes_of_bitsandbytes():
+    "On processors with bfloat16 its layers would pack themselves anew in evaluation, with rounded scales."
+    model = beside("manual", double_quant=True)
+    before = {name: t.clone() for name, t in frozen_tensors(model).items()}
+    said(model)
+    assert any(name.endswith("nested_absmax") for name in before) and all(torch.equal(t, before[name]) for name, t in frozen_tensors(model).items())
+
+
+def test_the_account_is_the_same_for_both_backends():
+    "Rows, bytes, parameters and the trainable share; peft's wrappers do not count twice."
+    pytest.importorskip("bitsandbytes")
+    ours = build_model(SHAPE.replace(lora={"backend": "manual"}, quantization={"double_quant": True}), vit())
+    plain = get_quantization_info(quantize_backbone(vit(), double_quant=True))
+    assert (plain.mode, plain.bits, plain.type) == ("ptq", 4, None) and plain.parameters == vit().num_parameters()
+    assert {row.scheme for row in plain.layers.values()} == {"nf4 / 64, double"} and all(15 < row.sqnr < 25 for row in plain.layers.values())
+    info, count = get_quantization_info(ours), get_nb_trainable_parameters(ours)
+    assert info.parameters == count.total == vit().num_parameters() + 2 * 2 * 2 * 8 * 64 and len(info.layers) == 12 and str(info).startswith("**NF4**")
+    assert info.bytes == sum(t.nbytes for t in ours.state_dict().values())
+    for lora in ("manual", "peft"):
+        if lora == "peft":
+            pytest.importorskip("peft")
+        theirs = build_model(SHAPE.replace(lora={"backend": lora}, quantization={"double_quant": True, "backend": "bitsandbytes"}), vit())
+        other = get_quantization_info(theirs)
+        assert get_nb_trainable_parameters(theirs) == count
+        assert lora == "peft" or (other.bytes, other.parameters) == (info.bytes, info.parameters)  # peft keeps the head that it copied: its bytes are there
+        assert [(row.scheme, row.bytes, row.parameters) for row in other.layers.values()] == [(row.scheme, row.bytes, row.parameters) for row in info.layers.values()]
+        assert all("Linear4bit" not in row.kind for row in other.left_alone.values())
+
+
+@pytest.mark.parametrize("options", [{"quant_type": "int4"}, {"quant_type": "fp4", "double_quant": True}, {"backend": "bitsandbytes"}])
+def test_back_to_floats(options):
+    "dequantize_model gives plain layers with the weights that the codes stood for, no trace left, and what was frozen still is."
+    if options.get("backend"):
+        pytest.importorskip("bitsandbytes")
+    model = quantize_backbone(vit(), **options)
+    plain = dequantize_model(model)
+    assert type(plain.vit.layers[0].mlp.fc1) is nn.Linear and list(plain.state_dict()) == list(vit().state_dict()) and str(plain) == str(vit())
+    assert vars(plain.vit.layers[0].mlp.fc1).keys() == vars(nn.Linear(1, 1)).keys() and not hasattr(plain, "quantization_report")
+    assert torch.allclose(said(plain), said(model), atol=1e-5) and get_quantization_info(plain).mode is None
+    assert {n for n, p in plain.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
+    if not options.get("backend"):
+        assert torch.equal(plain.vit.layers[0].mlp.fc1.weight, model.vit.layers[0].mlp.fc1.dequantize())
+
+
+@pytest.mark.parametrize("options", [{}, {"quant_type": "fp4", "blocksize": 32, "compute_dtype": "bf16"}, {"quant_type": "int4", "double_quant": True, "skip_modules": ["q_proj"]}])
+def test_checkpoints_rebuild_four_bit_layers(options, room):
+    "From the description beside it a checkpoint goes into the float model; into layers of another kind it does not, though all shapes fit."
+    model = quantize_backbone(vit(), **options)
+    path = save_checkpoint(model, None, None, None, 1, room)
+    again = ViT(SHAPE)
+    load_checkpoint(path, model=again)
+    assert torch.equal(said(again), said(model)) and quantization_metadata(again) == quantization_metadata(model)
+    for change in ({"quant_type": "nf4" if "quant_type" in options else "fp4"}, {"compute_dtype": "fp16"}):
+        other = quantize_backbone(vit(), **options | change)
+        assert {n: t.shape for n, t in other.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
+        with pytest.raises(CheckpointMismatchError, match="another quantization of vit.layers.0.attention"):
+            load_checkpoint(path, model=other)
+
+
+def test_a_checkpoint_of_bitsandbytes_needs_its_layers(room):
+    "Into a float model it does not go, and the error says what to do."
+    model = beside("manual")
+    path = save_checkpoint(quantize_backbone(vit(), backend="bitsandbytes"), None, None, None, 1, room)
+    with pytest.raises(CheckpointMismatchError, match=r"is a layer of bitsandbytes; .* Build it with quantize_backbone\(model, backend='bitsandbytes'\)") as caught:
+        load_checkpoint(path, model=vit())
+    assert "\n" not in str(caught.value) and any("base_layer" in name for name in model.state_dict())
+
+
+def test_targets_as_one_text(tmp_path):
+    "all-linear, a glob, a regular expression for whole names, from a file; the default by current names, what was asked for as it is."
+    for text, count in (("all-linear", 12), (r"vit\.layers\.0\..*_proj", 4), ("'*.fc1'", 2), ("[query, key]", 4)):
+        (tmp_path / "vit.yaml").write_text(f"image_size: 8\npatch_size: 4\nnum_channels: 1\nhidden_size: 64\nnum_hidden_layers: 2\nnum_attention_heads: 2\nintermediate_size: 128\nlora: {{backend: manual, target_modules: {text}}}\n")
+        assert sum(type(m) is LoRALinear for m in build_model(tmp_path / "vit.yaml").modules()) == count, text
+    assert sum(type(m) is LoRALinear for m in apply_lora(vit(), backend="manual").modules()) == 4
+    with pytest.raises(LoRAError, match="'query' matches no module"):
+        apply_lora(vit(), backend="manual", target_modules=["query", "value"])
+    with pytest.raises(ConfigError, match="lora.target_modules: 'gate' matches no module"):
+        build_model(SHAPE.replace(lora={"target_modules": "gate"}))
 
 
 def test_a_copy_is_a_model_of_its_own():

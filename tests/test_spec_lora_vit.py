@@ -235,8 +235,10 @@ def test_checkpoints_of_what_was_trained(tmp_path):
     again = adapted()
     load_checkpoint(path, model=again)
     assert torch.equal(again.eval()(IMAGES), run.model.eval()(IMAGES))
-    with pytest.raises(CheckpointMismatchError, match="other frozen weights"):
+    with pytest.raises(CheckpointMismatchError, match="another quantization of vit.layers.0"):
         load_checkpoint(path, model=adapted(quant_type="fp4"))
+    with pytest.raises(CheckpointMismatchError, match="other frozen weights"):
+        load_checkpoint(path, model=build_model(SHAPE | {"lora": LORA, "quantization": {}}))
     assert assert_resume_exact(lambda: trainer(save_frozen=False), at=[1, 4]) == 2
 
 
