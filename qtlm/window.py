@@ -7,6 +7,7 @@ __all__ = ['window_start']
 
 # %% ../nbs/09c_window.ipynb #imports
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -74,10 +75,8 @@ class _Reader:
 # %% ../nbs/09c_window.ipynb #keeps-past
 def _keeps_past(model: nn.Module) -> bool:
     "Tell whether this is a decoder of transformers that keeps keys and values."
-    code = getattr(type(model).forward, "__code__", None)
-    named = code is not None and "past_key_values" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     theirs = any(base.__module__.split(".")[0] == "transformers" for base in type(model).__mro__)
-    return theirs and named and not getattr(model.config, "is_encoder_decoder", False)
+    return theirs and "past_key_values" in signature(model.forward).parameters and not getattr(model.config, "is_encoder_decoder", False)
 
 # %% ../nbs/09c_window.ipynb #past-reader
 class _PastReader(_Reader):

@@ -10,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from qtlm.batches import context_length, evaluation_mode
+from qtlm.cache import KVCache
 from qtlm.config import ModelConfig
 from qtlm.data import ByteVocab
-from qtlm.generation import context_length, evaluation_mode, generate, next_token_probabilities, top_k_filter, top_p_filter
+from qtlm.generation import generate, stream_generate
 from qtlm.model import ModelInputError, TinyLM
 from qtlm.quantization import quantize_model_ptq
+from qtlm.sampling import next_token_probabilities, penalize_repetition, top_k_filter, top_p_filter
 
 VOCAB = 50
 scores = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
@@ -247,7 +250,25 @@ def test_stop_tokens(model):
     ({"prompt": torch.zeros(1, 1, 1, dtype=torch.int64)}, r"shape \[1, 1, 1\]"),
     ({"prompt": torch.tensor(3)}, r"shape \[\]"),
     ({"prompt": [1.5]}, "int64"),
-    ({"prompt": [[1, 2], [3]]}, "rows of equal length"),
+    ({"prompt": [[1, 2], []]}, "at least one int64 id"),
+    ({"prompt": [[1, 2], [VOCAB]]}, f"id {VOCAB}; expected 0 to {VOCAB - 1}"),
+    ({"prompt": ["a", "b"]}, "vocab="),
+    ({"prompt": [torch.zeros(1, 2, dtype=torch.int64)]}, "a prompt of the list has two dimensions"),
+    ({"prompt": [[1, 2], [3]], "seed": [1, 2, 3]}, "seed has 3 numbers"),
+    ({"seed": [1]}, "seed has 1 numbers; expected one for each prompt of a list"),
+    ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+    ({"repetition_penalty": -1.0}, "repetition_penalty is -1.0"),
+    ({"repetition_penalty": math.nan}, "repetition_penalty is nan"),
+    ({"stride": 0}, "stride is 0"),
+    ({"stride": 9}, "stride is 9; expected an integer from 1 to block_size 8"),
+    ({"stride": True}, "stride is True"),
+    ({"block_size": 9}, "block_size is 9; expected at most the model's 8"),
+    ({"stop_strings": "x"}, "vocab is None; expected a vocabulary"),
+    ({"stop_strings": "x", "vocab": 5}, "vocab is a int; expected a vocabulary"),
+    ({"stop_strings": ["x", ""], "vocab": ByteVocab()}, "stop_strings is"),
+    ({"stop_strings": 3, "vocab": ByteVocab()}, "stop_strings is '3'"),
+    ({"cache": "yes"}, "cache is a str; expected True, False or a KVCache"),
+    ({"cache": None}, "cache is a NoneType"),
     ({"prompt": None}, "expected ids"),
     ({"prompt": "text"}, "vocab="),
     ({"prompt": [VOCAB]}, f"id {VOCAB}; expected 0 to {VOCAB - 1}"),
@@ -327,3 +348,257 @@ def test_a_quantized_model_s_text_is_its_own_greedy_choice(model, bits):
     out = generate(small, ids(2, 3), 12, temperature=0)
     small.eval()
     assert all(torch.equal(out[:, t], small(out[:, max(0, t - 8) : t])[:, -1].argmax(-1)) for t in range(3, 15))
+
+
+# ---- what is kept ----
+
+@pytest.fixture(scope="module")
+def models(model):
+    return {"float": model, "INT8": quantize_model_ptq(model, bits=8), "INT4": quantize_model_ptq(model, bits=4)}
+
+
+HOW = [{"temperature": 0}, {"seed": 1}, {"seed": 2, "temperature": 0.7, "top_k": 9, "top_p": 0.9, "repetition_penalty": 1.3}]
+
+
+@pytest.mark.parametrize("kind", ["float", "INT8", "INT4"])
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_a_cache_changes_no_token(models, kind, how, stride):
+    "Below, at and beyond block_size, greedy and by chance."
+    for length in (1, 8, 20):
+        cached, anew = (generate(models[kind], ids(3, length), 20, stride=stride, cache=cache, **how) for cache in (True, False))
+        assert torch.equal(cached, anew)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_the_window_begins_where_the_rule_says(model, stride):
+    out = generate(model, ids(2, 5), 25, temperature=0, stride=stride)
+    with evaluation_mode(model):
+        for t in range(5, 30):
+            start = min(s for s in range(0, t, stride) if t - s <= 8)
+            assert torch.equal(out[:, t], model(out[:, start:t])[:, -1].argmax(-1))
+
+
+def test_a_cache_saves_reading(model):
+    "One token is read for each that is written; without a cache, all of them."
+    read = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda module, args, out: read.append(args[0].shape[1]))
+    generate(model, ids(3), 5, seed=0)
+    generate(model, ids(3), 5, seed=0, cache=False)
+    generate(model, ids(3), 9, seed=0, stride=4)
+    hook.remove()
+    assert read == [3, 1, 1, 1, 1] + [3, 4, 5, 6, 7] + [3, 1, 1, 1, 1, 1, 5, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["float", "INT8", "INT4"])
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_list_of_prompts_is_each_prompt_alone(models, kind, how, cache):
+    "Lengths below and beyond the window; each ends at its own stop."
+    prompts = [ids(n, seed=n).tolist() for n in (2, 11, 1, 2, 8)]
+    for more in ({}, {"stop_tokens": [3, 7, 11, 30]}, {"stride": 5}):
+        texts = generate(models[kind], prompts, 15, cache=cache, **how, **more)
+        alone = [generate(models[kind], prompt, 15, cache=cache, **how, **more) for prompt in prompts]
+        assert all(torch.equal(a, b) for a, b in zip(texts, alone, strict=True))
+
+
+def test_forms_of_a_list():
+    tiny = TinyLM(ModelConfig(vocab_size=256, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, block_size=8))
+    want = [generate(tiny, text, 4, seed=3, vocab=ByteVocab()) for text in ("ab", "cde")]
+    for prompts in (["ab", "cde"], ("ab", "cde"), [[97, 98], [99, 100, 101]], [torch.tensor([97, 98]), "cde"]):
+        got = generate(tiny, prompts, 4, seed=3, vocab=ByteVocab())
+        assert isinstance(got, list) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert [len(p) for p in generate(tiny, ["ab", "cde"], 0, vocab=ByteVocab())] == [2, 3]
+    assert isinstance(generate(tiny, [[1, 2], [3, 4]], 4), torch.Tensor)  # a rectangle, as ever
+    shared = torch.Generator().manual_seed(1)
+    assert len(generate(tiny, ["ab", "cde"], 4, generator=shared, vocab=ByteVocab())) == 2
+    seeded = generate(tiny, ["ab", "ab", "ab"], 9, seed=[1, 2, 1], vocab=ByteVocab())
+    assert torch.equal(seeded[0], seeded[2]) and not torch.equal(seeded[0], seeded[1])
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.2)])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_a_cache_gives_the_model_s_logits(dtype, bound, kv_heads):
+    tiny = TinyLM(ModelConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv_heads, block_size=24))
+    tiny, text = tiny.to(dtype).eval(), ids(2, 24)
+    with torch.no_grad():
+        whole = tiny(text)
+    cache = KVCache(tiny, batch_size=2)
+    for part in text.split([1, 6, 1, 1, 15], 1):
+        logits = cache.extend(part)
+        assert logits.dtype == dtype and (logits - whole[:, cache.lengths[0] - 1]).abs().max() <= bound * whole.abs().max()
+    assert cache.lengths == [24, 24] and not logits.requires_grad
+
+
+def test_each_kept_number_in_eight_bits_moves_by_half_a_step(model):
+    "The bound that the chapter states, on what is really kept."
+    caches = [KVCache(model.eval(), bits=bits) for bits in (None, 8)]
+    for cache in caches:
+        cache.extend(ids(1, 8))
+    exact, kept = (cache._stores[0].read(slice(0, 8)) for cache in caches)  # the first layer: the same keys and values went in
+    half = exact.abs().amax(-1, keepdim=True) / 254
+    assert ((kept - exact).abs() <= half * (1 + 2**-20)).all() and not torch.equal(kept, exact)
+    assert caches[1].nbytes == caches[0].nbytes * (16 + 4) // (16 * 4)
+    out = generate(model, ids(1, 4), 30, temperature=0, stride=4, cache=caches[1])
+    assert torch.equal(out, generate(model, ids(1, 4), 30, temperature=0, stride=4, cache=KVCache(model, bits=8, max_length=8)))
+
+
+def test_a_shorter_cache_is_a_shorter_window(model):
+    assert torch.equal(generate(model, ids(4), 20, seed=1, cache=KVCache(model, max_length=5)), generate(model, ids(4), 20, seed=1, block_size=5))
+
+
+@pytest.mark.parametrize("make", ["hook", "forward", "lora", "qat", "static", "subclass"])
+def test_changed_models_write_what_they_would_without_a_cache(model, make):
+    import copy
+
+    from qtlm.lora import apply_lora
+    from qtlm.qat import prepare_qat
+
+    changed = copy.deepcopy(model).eval()
+    if make == "hook":
+        changed.model.layers[1].self_attn.register_forward_hook(lambda module, args, out: out * 2)
+    if make == "forward":
+        mlp = changed.model.layers[0].mlp
+        mlp.forward = lambda x, old=mlp.forward: old(x) * 3
+    if make == "lora":
+        changed = apply_lora(changed, r=2, target_modules=["q_proj", "v_proj", "up_proj"])
+        for name, p in changed.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p)
+    if make == "qat":
+        changed = prepare_qat(changed, bits=8)
+    if make == "static":
+        changed = quantize_model_ptq(changed, bits=8, quantization_type="static", calibration_data=[ids(4, 8)])
+    if make == "subclass":
+        class Louder(TinyLM):
+            def forward(self, input_ids):
+                return super().forward(input_ids).flip(-1)
+
+        changed.__class__ = Louder
+    before = {name: value.clone() for name, value in changed.state_dict().items()}
+    out = generate(changed, ids(2, 3), 12, temperature=0)
+    assert torch.equal(out, generate(changed, ids(2, 3), 12, temperature=0, cache=False))
+    assert not torch.equal(out, generate(model, ids(2, 3), 12, temperature=0)) or make in ("qat", "static")
+    assert all(torch.equal(value, before[name]) for name, value in changed.state_dict().items())
+
+
+def test_autocast_and_a_cache(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        out = generate(model, ids(2, 3), 10, temperature=0)
+    assert out.shape == (2, 13)
+
+
+@pytest.mark.slow
+def test_compiled_single_tokens(models):
+    import shutil
+
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler")
+    cache = KVCache(models["INT8"], batch_size=2, compile=True)
+    for _ in range(2):
+        assert torch.equal(generate(models["INT8"], ids(2, 3), 12, temperature=0, cache=cache), generate(models["INT8"], ids(2, 3), 12, temperature=0))
+
+
+# ---- transformers' models ----
+
+def their(kind):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = dict(vocab_size=VOCAB, bos_token_id=None, eos_token_id=None)
+    if kind == "llama":
+        config = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=12, **shape)
+        made = transformers.LlamaForCausalLM(config)
+    else:
+        made = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=12, **shape))
+    for p in made.parameters():
+        p.data.mul_(3)
+    return made.eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_models_of_transformers_keep_their_own_past(kind):
+    theirs = their(kind)
+    reference = theirs.generate(ids(2, 4), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    read = []
+    hook = theirs.get_input_embeddings().register_forward_hook(lambda module, args, out: read.append(args[0].shape[1]))
+    assert torch.equal(generate(theirs, ids(2, 4), 8, temperature=0), reference)
+    hook.remove()
+    assert read == [4] + [1] * 7
+    for how in (*HOW, {"seed": 0, "stride": 5}):
+        assert torch.equal(generate(theirs, ids(2, 4), 20, **how), generate(theirs, ids(2, 4), 20, cache=False, **how))
+    prompts = [ids(n, seed=n) for n in (3, 7, 3)]
+    for text, prompt in zip(generate(theirs, prompts, 14, seed=3), prompts):
+        assert torch.equal(text, generate(theirs, prompt, 14, seed=3))
+
+
+def test_repetition_penalty_is_transformers_s():
+    logits_process = pytest.importorskip("transformers.generation.logits_process")
+    logits, text = torch.randn(20, VOCAB, generator=torch.Generator().manual_seed(0)) * 3, ids(20, 9)
+    seen = torch.zeros(20, VOCAB, dtype=torch.bool).scatter_(1, text, True)
+    for penalty in (0.5, 1.0, 1.7):
+        assert torch.equal(penalize_repetition(logits, seen, penalty), logits_process.RepetitionPenaltyLogitsProcessor(penalty)(text, logits))
+    theirs = their("llama")
+    reference = theirs.generate(ids(2, 4), max_new_tokens=8, do_sample=False, pad_token_id=0, repetition_penalty=1.5)
+    assert torch.equal(generate(theirs, ids(2, 4), 8, temperature=0, repetition_penalty=1.5), reference)
+    assert not torch.equal(reference, generate(theirs, ids(2, 4), 8, temperature=0))
+
+
+# ---- ends and streams ----
+
+@pytest.fixture(scope="module")
+def bytes_model():
+    torch.manual_seed(0)
+    return TinyLM(ModelConfig(vocab_size=256, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, block_size=16))
+
+
+def test_stop_strings(bytes_model):
+    "A text ends with the token that completes a string, wherever it would have gone; the prompt does not count."
+    vocab = ByteVocab()
+    free = vocab.decode(generate(bytes_model, "abcab", 80, seed=0, vocab=vocab)[5:], errors="replace")
+    raw = bytes(generate(bytes_model, "abcab", 80, seed=0, vocab=vocab)[5:].tolist())
+    at = next(n for n in range(40, 80) if raw[n] < 128 and raw[n - 1] < 128)  # two letters that follow each other
+    string = raw[at - 1 : at + 1].decode()
+    assert string in free
+    out = bytes(generate(bytes_model, "abcab", 80, seed=0, vocab=vocab, stop_strings=["abc", string, "cab"])[5:].tolist())
+    assert out == raw[: raw.index(string.encode()) + 2]
+
+
+def test_stop_strings_across_the_tokens_of_bpe():
+    pytest.importorskip("tokenizers")
+    from qtlm.data import BPEVocab
+
+    vocab = BPEVocab.train("the cat sat on the mat. " * 20, 280)
+
+    class Recites(nn.Module):  # whatever the prompt, it goes on with the text
+        def forward(self, x):
+            script = vocab.encode("the cat sat on the mat. " * 9)
+            return nn.functional.one_hot(script[torch.arange(1, x.shape[1] + 1)], len(vocab)).float().expand(len(x), -1, -1)
+
+    first = vocab.encode("the cat sat on the mat. " * 9)[:1]
+    text = vocab.decode(generate(Recites(), first, 60, temperature=0, stop_strings="t sat o", vocab=vocab))
+    assert "t sat o" in text and text.count("sat") == 1 and len(text) < 24
+    assert "".join(stream_generate(Recites(), first, 60, temperature=0, stop_strings="t sat o", vocab=vocab)) == text[len(vocab.decode(first)) :]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_stream_is_what_generate_appends(bytes_model, seed):
+    "Random bytes are mostly half characters: pieces are whole ones, never empty, and join to the decoded text."
+    vocab = ByteVocab()
+    out = generate(bytes_model, "ab", 60, seed=seed, vocab=vocab)[2:]
+    assert list(stream_generate(bytes_model, [97, 98], 60, seed=seed)) == out.tolist()
+    pieces = list(stream_generate(bytes_model, "ab", 60, seed=seed, vocab=vocab))
+    assert "".join(pieces) == vocab.decode(out) and all(pieces)
+
+
+def test_a_stream_leaves_the_model_as_it_was_between_tokens(bytes_model):
+    bytes_model.train()
+    stream = stream_generate(bytes_model, [1, 2], 5, seed=0)
+    for n, token in enumerate(stream):
+        assert bytes_model.training and torch.is_grad_enabled() and isinstance(token, int)
+        if n == 2:
+            stream.close()
+    assert n == 2
+    for wrong, told in (({"topk": 1}, "topk"), ({"temperature": -1}, "temperature is -1"), ({"prompt": [[1], [2]]}, "several prompts")):
+        with pytest.raises(ModelInputError, match=told) as caught:  # at once, not at the first token
+            stream_generate(**{"model": bytes_model, "prompt": [1], "max_new_tokens": 2} | wrong)
+        assert "\n" not in str(caught.value)
