@@ -121,6 +121,8 @@ def _with_shape(config: ViTConfig, folder: str | None) -> ViTConfig:
         return config
     if _is_run(folder):
         own = ViTConfig(**_described(folder).vocab["vit"])
+        if any(part and part.enabled for part in (own.lora, own.quantization)):
+            raise ConfigError(f"backbone_folder: {_short(folder)} has adapters or 4-bit layers; expected the run of a float model.")
         _check_shape(config, own, _INHERITED)
     else:
         own = _hub_config(folder, config)
