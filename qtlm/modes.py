@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .account import get_quantization_info
+from .account import _blockwise_scheme, get_quantization_info
 from .batches import as_batches
 from .config import TrainingConfig
 from .data import DataError
@@ -26,8 +26,8 @@ def _state_of(model: nn.Module) -> str:
     "Say whether a model is `float`, `prepared` for quantization-aware training, `quantized`, or quantized and `frozen`."
     if any("qat" in vars(m) for m in model.modules()):
         return "prepared"
-    integer = [m for m in model.modules() if isinstance(m, _Quantized)]
-    return "float" if not integer else "frozen" if all(m.frozen for m in integer) else "quantized"
+    packed = [m for m in model.modules() if isinstance(m, _Quantized) or _blockwise_scheme(m)]
+    return "float" if not packed else "frozen" if all(getattr(m, "frozen", True) for m in packed) else "quantized"
 
 # %% ../nbs/08b_modes.ipynb #check-trainable
 def check_trainable(
