@@ -13,6 +13,8 @@ from qtlm import QuantizationConfig, TinyLM, TrainingConfig, quantize_model_ptq
 from qtlm.base import _environment
 from qtlm.checkpoint import save_checkpoint, verify_checkpoint
 from qtlm.data import CharVocab
+from qtlm.lora import apply_lora
+from qtlm.lora_vit import quantize_backbone
 from qtlm.trainer import Trainer
 
 GOLDEN = Path(__file__).resolve().parent.parent / "checkpoints" / "golden" / "format-1"
@@ -29,6 +31,7 @@ TRAINING = {  # runs that are saved in their middle
     "finetune-int8": {"enable_quantized_finetuning": True},
     "finetune-int4": {"enable_quantized_finetuning": True, "quantization_bits": 4},
 }
+ADAPTED = {"lora-nf4": {}}  # runs beside a frozen backbone of 4 bits: they are loaded into such a model
 QUANTIZED = {  # models alone
     "int8": {},
     "int4": {"bits": 4},
@@ -49,6 +52,17 @@ def model():
     return TinyLM(**SHAPE, generator=torch.Generator().manual_seed(7))
 
 
+def adapted():
+    "The float model, frozen in 4 bits, and new adapters beside it."
+    torch.manual_seed(7)
+    return apply_lora(quantize_backbone(model(), double_quant=True), r=2, lora_dropout=0.1, backend="manual")
+
+
+def given(kind):
+    "The model that a checkpoint is loaded into; None: it builds its own."
+    return adapted() if kind in ADAPTED else None
+
+
 def trainer(fields, start=None):
     "A run over the text."
     start = model() if start is None else start
@@ -64,8 +78,8 @@ def logits(net):
 
 def make(kind, folder):
     "Save a checkpoint of one kind; return its model."
-    if kind in TRAINING:
-        run = trainer(TRAINING[kind])
+    if kind not in QUANTIZED:
+        run = trainer((TRAINING | ADAPTED)[kind], given(kind))
         run.callbacks.append(StopAt(3))
         run.train()
         run.save(folder)
@@ -100,7 +114,7 @@ def main():
     GOLDEN.mkdir(parents=True, exist_ok=True)
     file = GOLDEN / "golden.json"
     known = json.loads(file.read_text()) if file.exists() else {}
-    for kind in (*TRAINING, *QUANTIZED):
+    for kind in (*TRAINING, *QUANTIZED, *ADAPTED):
         if kind in known: continue
         net = make(kind, GOLDEN / kind)
         step = next((GOLDEN / kind).glob("step-*"))

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from golden import GOLDEN, QUANTIZED, TRAINING, fifty, ids, logits, model, vocabulary
+from golden import ADAPTED, GOLDEN, QUANTIZED, TRAINING, fifty, given, ids, logits, model, vocabulary
 
 from qtlm import get_quantization_info, inspect_checkpoint, load_checkpoint, verify_checkpoint
 from qtlm.data import CharVocab
@@ -18,19 +18,19 @@ def expected(kind): return torch.tensor(KNOWN[kind]["logits"]).view(2, -1)
 
 
 def test_every_kind_is_there():
-    assert set(KNOWN) == {*TRAINING, *QUANTIZED} == {path.name for path in GOLDEN.iterdir() if path.is_dir()}
+    assert set(KNOWN) == {*TRAINING, *QUANTIZED, *ADAPTED} == {path.name for path in GOLDEN.iterdir() if path.is_dir()}
     assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) < 1_000_000
 
 
 @pytest.mark.parametrize("kind", KNOWN)
 def test_it_loads_and_computes_the_same(kind):
-    "V1: from the directory alone, without a warning, pinned by its digest."
+    "V1: from the directory alone (adapters: into a model that has such), without a warning, pinned by its digest."
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = load_checkpoint(GOLDEN / kind, expected_sha256=KNOWN[kind]["sha256"])
+        found = load_checkpoint(GOLDEN / kind, given(kind), expected_sha256=KNOWN[kind]["sha256"])
     assert torch.allclose(logits(found.model)[:, -1], expected(kind), atol=2e-5, rtol=0), (logits(found.model)[:, -1] - expected(kind)).abs().max()
     assert isinstance(found.vocab, CharVocab) and found.vocab.decode(found.vocab.encode("night")) == "night"
-    assert verify_checkpoint(GOLDEN / kind).ok and inspect_checkpoint(GOLDEN / kind).step == found.step == (3 if kind in TRAINING else 6)
+    assert verify_checkpoint(GOLDEN / kind).ok and inspect_checkpoint(GOLDEN / kind).step == found.step == (6 if kind in QUANTIZED else 3)
     assert (found.quantization is None) == (kind in ("float32", "bf16"))
 
 
@@ -41,12 +41,12 @@ def test_what_is_compared_would_show_another_model():
         if kind != "float32": assert kind == "bf16" or (expected("float32") - expected(kind)).abs().max() > 1e-4, kind
 
 
-@pytest.mark.parametrize("kind", TRAINING)
+@pytest.mark.parametrize("kind", [*TRAINING, *ADAPTED])
 def test_a_run_goes_on_from_it(kind):
     "A run of each kind is resumed from the repository and ends; its steps before are remembered."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*another environment")
-        run = resume_training(GOLDEN / kind, train_data=ids()[:400], eval_data=ids()[400:])
+        run = resume_training(GOLDEN / kind, given(kind), train_data=ids()[:400], eval_data=ids()[400:])
     assert run.step == 3 and len(run.history.losses) == 3 and run.vocab.tokens == vocabulary().tokens
     run.train()
     assert run.step == 6 and all(loss < 4 for loss in run.history.losses)
