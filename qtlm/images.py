@@ -219,4 +219,4 @@ def image_folder(
         raise DataError(f"image_folder: {_show(path)}: {error.strerror}; expected a folder that can be read") from None
     pixels = torch.from_numpy(np.stack([_read_image(file, image_size, num_channels) for found in files.values() for file in found])).contiguous()
     labels = torch.repeat_interleave(torch.tensor([len(found) for found in files.values()]))
-    return Images(pixels.float() / 127.5 - 1, labels, tuple(files))
+    return Images(pixels.float().div_(127.5).sub_(1), labels, tuple(files))  # in place: no second copy as floats
