@@ -75,16 +75,18 @@ def _pairs(quant_type: str, device: torch.device) -> Tensor:
 @torch.no_grad()
 def _look_up(codes: Tensor, absmax: Tensor, quant_type: str, blocksize: int, dtype: torch.dtype) -> Tensor:
     "Return the weights of whole blocks in a row; what follows the last code is undefined."
-    out = torch.empty(len(absmax) * blocksize, dtype=dtype, device=codes.device)
-    step = _PIECE if codes.device.type == "cpu" else out.numel()
-    for i in range(0, out.numel(), step):
-        piece, bytes_ = out[i : i + step], codes[i // 2 : (i + step) // 2].int()
-        floats = piece if dtype == torch.float32 else torch.empty_like(piece, dtype=torch.float32)
-        torch.index_select(_pairs(quant_type, codes.device), 0, bytes_, out=floats.view(torch.int64)[: len(bytes_)])
-        floats.view(-1, blocksize).mul_(absmax[i // blocksize : (i + step) // blocksize, None])
+    out = torch.empty(len(absmax), blocksize, dtype=dtype, device=codes.device)
+    rows = min(len(out), _PIECE // blocksize) if codes.device.type == "cpu" else len(out)
+    index = torch.empty(rows * blocksize // 2, dtype=torch.int32, device=codes.device)  # one for all pieces
+    scratch = None if dtype == torch.float32 else torch.empty(rows, blocksize, dtype=torch.float32, device=codes.device)
+    for piece, bytes_, scales in zip(out.split(rows), codes.split(len(index)), absmax[:, None].split(rows)):
+        floats = piece if scratch is None else scratch[: len(piece)]
+        places = index[: len(bytes_)].copy_(bytes_)
+        torch.index_select(_pairs(quant_type, codes.device), 0, places, out=floats.view(torch.int64).view(-1)[: len(bytes_)])
+        floats.mul_(scales)
         if floats is not piece:
             piece.copy_(floats)
-    return out
+    return out.view(-1)
 
 # %% ../nbs/04g_blockwise.ipynb #dynamic-map
 @cache
