@@ -690,6 +690,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'qtlm.kernels._round_activations': ('kernels.html#_round_activations', 'qtlm/kernels.py'),
                               'qtlm.kernels._row_amax': ('kernels.html#_row_amax', 'qtlm/kernels.py'),
                               'qtlm.kernels._row_scale': ('kernels.html#_row_scale', 'qtlm/kernels.py'),
+                              'qtlm.kernels._rows': ('kernels.html#_rows', 'qtlm/kernels.py'),
                               'qtlm.kernels._run': ('kernels.html#_run', 'qtlm/kernels.py'),
                               'qtlm.kernels._shifted_rows': ('kernels.html#_shifted_rows', 'qtlm/kernels.py'),
                               'qtlm.kernels._step': ('kernels.html#_step', 'qtlm/kernels.py'),

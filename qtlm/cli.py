@@ -6,254 +6,188 @@
 __all__ = ['main']
 
 # %% ../nbs/14_cli.ipynb #imports
+import argparse
 import difflib
 import json
+import math
 import os
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any, Literal, TextIO, get_args, get_origin
 
-from .demo import _build, _demo_config, _load_settings, _notes, _progress, _read_text, _table, run_demo
+from .commands import _Result, _demo, _evaluate, _finetune, _generate, _inspect, _quantize, _train, _verify
 
-# %% ../nbs/14_cli.ipynb #is-users-mistake
-def _is_mistake(
+# %% ../nbs/14_cli.ipynb #told
+def _told(
     error: Exception,  # as raised by a command
-) -> bool:  # True: one line says it all; False: a defect, which deserves its traceback
-    "Tell a mistake that qtlm explains from one that it did not foresee."
-    return type(error).__module__.startswith("qtlm.")
+) -> str | None:  # one line that says it all; None: a defect, which deserves its traceback
+    "Say what the user can do something about."
+    if type(error).__module__.startswith("qtlm."):
+        return str(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {(error.strerror or 'no access').lower()}; expected a file that can be read or written."
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+        return "out of memory; expected less at once. Lower batch_size, block_size or the size of the model."
+    return None
 
-# %% ../nbs/14_cli.ipynb #parse-arguments
-def _parse(command: Callable, name: str, argv: list[str]) -> tuple[list, dict]:
-    "Return what `command` is to be called with, or exit with one line that says what is wrong in `argv`."
+# %% ../nbs/14_cli.ipynb #prefix
+def _prefix(name: str, stream: TextIO) -> str:
+    "Return what stands before a message: who says it, in red where the stream shows colours."
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+    return f"{name}:" if plain else f"\x1b[1;31m{name}:\x1b[0m"
+
+# %% ../nbs/14_cli.ipynb #parser
+def _parser(command: Callable, name: str) -> argparse.ArgumentParser:
+    "Return what understands the arguments of a command."
     from fastcore.script import anno_parser
 
     parser = anno_parser(command, prog=f"qtlm {name}")
-    parser.error = lambda message: parser.exit(2, f"qtlm {name}: {message}. See qtlm {name} --help.\n")
-    options = vars(parser.parse_intermixed_args(argv))
-    return options.pop("settings", []), {key: value for key, value in options.items() if key not in ("pdb", "xtra")}
+    parser.formatter_class = type("_Help", (argparse.RawDescriptionHelpFormatter, parser.formatter_class), {})
+    parser.description, *examples = [line.strip() for line in command.__doc__.splitlines() if line.strip()]
+    parser.epilog = "\n".join(["examples:", *(f"  {example}" for example in examples)]) if examples else None
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
 
-# %% ../nbs/14_cli.ipynb #run-command
-def _run(
-    command: Callable,  # a function with docments
-    name: str,  # how the user called it
-    argv: list[str],  # what came after
-) -> int:  # exit status
-    "Parse `argv` for `command`, run it, and say in one line what the user did wrong."
-    positional, options = _parse(command, name, argv)
-    try:
-        command(*positional, **options)
-    except KeyboardInterrupt:
-        print(f"qtlm {name}: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if not _is_mistake(error):
-            raise
-        print(f"qtlm {name}: {str(error).removeprefix(f'{name}: ')}", file=sys.stderr)
-        return 2
-    return 0
+# %% ../nbs/14_cli.ipynb #parse-arguments
+def _parse(command: Callable, name: str, argv: list[str]) -> tuple[list, dict, bool]:
+    "Return what `command` is to be called with and whether JSON is asked for, or exit with one line that says what is wrong in `argv`."
+    parser = _parser(command, name)
+    parser.error = lambda message: parser.exit(2, f"{_prefix(f'qtlm {name}', sys.stderr)} {message}. See qtlm {name} --help.\n")
+    options = vars(parser.parse_intermixed_args(argv))
+    positional, as_json = options.pop("settings", []), options.pop("json")
+    return positional, {key: value for key, value in options.items() if key not in ("pdb", "xtra")}, as_json
 
 # %% ../nbs/14_cli.ipynb #printable
 def _printable(text: str) -> str:
     "Replace the characters that would command a terminal by a mark; line breaks and tabs stay."
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
-# %% ../nbs/14_cli.ipynb #train
-def _train(
-    *settings: str,  # a YAML or JSON file, then `name=value` pairs: text=book.txt learning_rate=1e-3 model.num_hidden_layers=6
-    resume: bool = False,  # go on from the newest checkpoint of this run
-):
-    "Train a small language model. Example: qtlm train text=book.txt max_steps=2000 run_name=book"
-    path = settings[0] if settings and "=" not in settings[0] else None
-    config = _load_settings(path, settings[path is not None :], output_dir="checkpoints")
-    from qtlm.trainer import Trainer
 
-    vocab, train, held_out = _read_text(config)
-    trainer = Trainer(_build(config, vocab), config, train_data=train, eval_data=held_out if len(held_out) > 1 else None, vocab=vocab)
-    trainer.train(resume_from_checkpoint=resume or None)
-    loss = f"held-out loss {trainer.evaluate()['loss']:.4f}" if len(held_out) > 1 else f"last loss {trainer.history.losses[-1]:.4f}"
-    print(f"{trainer.run_dir}: step {trainer.step}, {loss} nats per token")
-    if config.quantization_mode == "ptq":
-        _shrink(str(trainer.run_dir), config.quantization())
+def _finite(value: Any) -> Any:
+    "Replace numbers that JSON cannot write by None."
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
-# %% ../nbs/14_cli.ipynb #calibration-of
-def _calibration_of(loaded, batches: int = 16) -> list:
-    "Return batches of the text that a checkpoint's run was trained on."
-    from qtlm.batches import context_length
-    from qtlm.data import Batches
+# %% ../nbs/14_cli.ipynb #emit
+def _emit(result: _Result, as_json: bool) -> None:
+    "Print a result; of several processes of one run the first alone does."
+    if os.environ.get("RANK", "0") == "0":
+        text = json.dumps(_finite(result.data), indent=1) if as_json else result.text
+        print(_printable(text) if sys.stdout.isatty() else text)
 
-    tokens = _read_text(loaded.config, loaded.vocab)[1]
-    drawn = Batches(tokens, min(context_length(loaded.model) or 256, len(tokens) - 1), 8, seed=loaded.config.seed + 1)
-    return [drawn[i] for i in range(batches)]
+# %% ../nbs/14_cli.ipynb #run-command
+def _run(
+    command: Callable,  # a function with docments that returns a `_Result`
+    name: str,  # how the user called it
+    argv: list[str],  # what came after
+) -> int:  # exit status
+    "Parse `argv` for `command`, run it, print what it found, and say in one line what the user did wrong."
+    positional, options, as_json = _parse(command, name, argv)
+    try:
+        result = command(*positional, **options)
+        _emit(result, as_json)
+        error = result.error
+    except KeyboardInterrupt:
+        print(f"{_prefix(f'qtlm {name}', sys.stderr)} interrupted", file=sys.stderr)
+        return 130
+    except Exception as caught:
+        error = caught
+        if _told(error) is None:
+            raise
+    if error is not None:
+        print(_prefix(f"qtlm {name}", sys.stderr), _told(error).removeprefix(f"{name}: "), file=sys.stderr)
+    return 0 if error is None else 2
 
-# %% ../nbs/14_cli.ipynb #shrink
-def _shrink(checkpoint: str, wanted, bits_per_weight: float | None = None, out: str | None = None) -> None:
-    "Quantize the model of a checkpoint as the `QuantizationConfig` says, and publish it."
-    from qtlm.budget import mixed_precision
-    from qtlm.checkpoint import load_checkpoint, save_checkpoint
-    from qtlm.config import _for_layer
-    from qtlm.quantization import get_quantization_info, quantize_model_ptq
+# %% ../nbs/14_cli.ipynb #settings-of
+def _settings_of(kind: type, prefix: str = "") -> list[str]:
+    "Return `name=` for each field of a configuration, and `name=value` where the values can be listed."
+    from qtlm.config import _kind, _section
 
-    asked = [wanted, *(_for_layer(wanted, fields) for fields in wanted.overrides.values())]
-    needs = bits_per_weight is not None or any(c.type == "static" or c.rounding == "gptq" for c in asked)
-    loaded = _load(checkpoint) if needs else load_checkpoint(checkpoint)
-    data = _calibration_of(loaded) if needs else None
-    if bits_per_weight is not None:
-        wanted = mixed_precision(loaded.model, data, bits_per_weight, wanted)
-    model, run = quantize_model_ptq(loaded.model, wanted, data), loaded.path.parent
-    kind = "mixed" if bits_per_weight is not None else f"int{wanted.bits}"
-    path = save_checkpoint(model, None, loaded.config, loaded.vocab, loaded.step, out or run.with_name(f"{run.name}-{kind}"))
-    size, before = (path / "model.pt").stat().st_size, (loaded.path / "model.pt").stat().st_size
-    info = get_quantization_info(model)
-    print(f"{path}: {size:,} bytes, {size / before:.3f} of what it was, {info.bits_per_weight:.2f} bits per weight")
+    found = []
+    for name, info in kind.model_fields.items():
+        held, section = _kind(info.annotation)[0], _section(kind, name)
+        values = ["true", "false"] if held is bool else get_args(held) if get_origin(held) is Literal else [""]
+        found += _settings_of(section, f"{prefix}{name}.") if section else [f"{prefix}{name}={value}" for value in values]
+    return found
 
-# %% ../nbs/14_cli.ipynb #quantize
-def _quantize(
-    *settings: str,  # a run (its newest step) or a step directory, then `name=value` pairs: type=static rounding=gptq group_size=32
-    bits: int = None,  # 8 or 4, of the weights; default: 8
-    bits_per_weight: float = None,  # choose bits and groups layer by layer, within this budget
-    out: str = None,  # run directory to publish in; default: the run's name with -int8, -int4 or -mixed
-):
-    "Shrink a trained model to INT8 or INT4. Example: qtlm quantize checkpoints/run --bits 4 rounding=gptq"
-    from qtlm.config import ConfigError, QuantizationConfig, load_config
+# %% ../nbs/14_cli.ipynb #words
+def _words(name: str) -> list[str]:
+    "Return what may follow a command: its options, and its settings where it has some."
+    from qtlm.config import QuantizationConfig, TrainingConfig
 
-    paths = [setting for setting in settings if "=" not in setting]
-    if len(paths) != 1:
-        raise ConfigError(f"quantize: found {len(paths)} checkpoints; expected one, then name=value settings.")
-    pairs = [setting for setting in settings if "=" in setting]
-    _shrink(paths[0], load_config(None, *pairs, *([] if bits is None else [f"bits={bits}"]), kind=QuantizationConfig), bits_per_weight, out)
+    options = [option for action in _parser(_COMMANDS[name], name)._actions if action.help != argparse.SUPPRESS for option in action.option_strings]
+    kind = {"train": TrainingConfig, "finetune": TrainingConfig, "quantize": QuantizationConfig}.get(name)
+    return options + (_settings_of(kind) if kind else ["bash", "zsh"] if name == "completion" else [])
 
-# %% ../nbs/14_cli.ipynb #show-reports
-def _show_reports(reports: list, as_json: bool) -> None:
-    "Print what was found of each step."
-    if as_json:
-        print(json.dumps([{**vars(report), "path": str(report.path), "error": report.error and str(report.error)} for report in reports], indent=1))
-        return
-    for report in reports:
-        print(f"{report.path}: sound, {sum(report.files.values()):,} bytes, SHA-256 {report.digest}" if report.ok else str(report.error))
+# %% ../nbs/14_cli.ipynb #bash-script
+_BASH = r"""# Completion of qtlm for bash: source <(qtlm completion bash)
+_qtlm() {
+    local IFS=$'\n' line="${COMP_LINE:0:COMP_POINT}" words="" prefix="" file
+    local word="${line##*[[:space:]]}"
+    if [[ $COMP_CWORD -le 1 ]]; then words='@COMMANDS@'
+    else case "${COMP_WORDS[1]}" in
+@CASES@
+    esac; fi
+    [[ $word == *=* ]] && prefix="${word%%=*}="
+    COMPREPLY=($(compgen -W "$words" -- "$word"))
+    if [[ $COMP_CWORD -gt 1 && $word != -* && ${COMP_WORDS[1]} != completion && ( -z $prefix || ${#COMPREPLY[@]} -eq 0 || ( ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == "$prefix" ) ) ]]; then
+        for file in $(compgen -f -- "${word#"$prefix"}"); do
+            [[ -d $file ]] && file="$file/"
+            COMPREPLY+=("$prefix$file")
+        done
+    fi
+    [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *[=/] ]] && compopt -o nospace 2>/dev/null
+    [[ -n $prefix && $COMP_WORDBREAKS == *=* ]] && COMPREPLY=("${COMPREPLY[@]#"$prefix"}")
+    return 0
+}
+complete -F _qtlm qtlm"""
 
-# %% ../nbs/14_cli.ipynb #verify
-def _verify(
-    checkpoint: str,  # a step directory, or a run: then each of its steps
-    sha256: str | None = None,  # the digest that a single checkpoint must have, known from elsewhere
-    as_json: bool = False,  # print JSON instead of lines
-):
-    "Compare every byte of a checkpoint with what was written. Example: qtlm verify checkpoints/book"
-    from qtlm.checkpoint import CheckpointError, CheckpointUnsafeError, verify_checkpoint
-    from qtlm.storage import find_steps
-
-    reports = [verify_checkpoint(step) for step in find_steps(Path(checkpoint))]
-    _show_reports(reports, as_json)
-    if sha256 and sha256 not in [report.digest for report in reports]:
-        raise CheckpointUnsafeError(checkpoint, f"digest {reports[0].digest}", sha256, "This is not the checkpoint that was pinned.")
-    if bad := sum(not report.ok for report in reports):
-        raise CheckpointError(checkpoint, f"{bad} of {len(reports)} steps not sound", "all", "Delete those, or copy them again.")
-
-# %% ../nbs/14_cli.ipynb #save-plot
-def _save_plot(found, path: str) -> None:
-    "Draw what has a plot into a PNG file, without a window."
-    import matplotlib.pyplot as plt
-
-    figure = found.plot()
-    figure.savefig(path)
-    plt.close(figure)
-
-# %% ../nbs/14_cli.ipynb #inspect
-def _inspect(
-    checkpoint: str,  # a step directory, or a run: its newest sound step
-    as_json: bool = False,  # print JSON instead of lines
-    plot: str | None = None,  # a PNG file to draw the bytes of each tensor into
-):
-    "Say what is in a checkpoint, and where its bytes went. Example: qtlm inspect checkpoints/book --plot bytes.png"
-    from qtlm.inspection import inspect_checkpoint
-
-    found = inspect_checkpoint(checkpoint)
-    print(json.dumps(found.to_dict(), indent=1) if as_json else found)
-    if plot:
-        _save_plot(found, plot)
-
-# %% ../nbs/14_cli.ipynb #show-losses
-def _show_losses(rows: dict[str, dict], as_json: bool) -> None:
-    "Print what was measured of each checkpoint: a line each, or JSON."
-    if as_json:
-        return print(json.dumps(rows, indent=2))
-    for path, row in rows.items():
-        bpb = "" if row["bits_per_byte"] is None else f", {row['bits_per_byte']:.4f} bits per byte"
-        print(f"{path}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}{bpb}")
-
-# %% ../nbs/14_cli.ipynb #evaluate
-def _evaluate(
-    *settings: str,  # checkpoints: runs or step directories
-    text: str = None,  # file, folder or glob, all of it; default: the held-out part of the first run's training text
-    as_json: bool = False,  # print JSON instead of a table
-):
-    "Compare checkpoints on held-out text. Example: qtlm evaluate checkpoints/run checkpoints/run-int4"
-    from qtlm.config import ConfigError
-    from qtlm.data import Tokens, load_text
-    from qtlm.evaluation import evaluate
-
-    if not settings:
-        raise ConfigError("evaluate: no checkpoint named; expected one at least.")
-    loaded = {path: _load(path) for path in settings}
-    first = next(iter(loaded.values())).config
-    rows = {}
-    for path, checkpoint in _progress(loaded.items(), "evaluate", len(loaded)):
-        if text is None:
-            data = _read_text(first, checkpoint.vocab)[2]
-        else:
-            data = Tokens.from_text(load_text(text), checkpoint.vocab)
-        rows[path] = evaluate(checkpoint.model, data)
-    _show_losses(rows, as_json)
-
-# %% ../nbs/14_cli.ipynb #load
-def _load(path: str):
-    "Load a checkpoint that has a model, a vocabulary and a training config; raise `CheckpointMismatchError` where one is missing."
-    from qtlm.checkpoint import CheckpointMismatchError, load_checkpoint
-    from qtlm.config import TrainingConfig
-
-    loaded = load_checkpoint(path)
-    for name, kind in (("vocab", object), ("config", TrainingConfig)):
-        if not isinstance(getattr(loaded, name) or None, kind) or getattr(loaded, name) is None:
-            raise CheckpointMismatchError(f"{loaded.path}: has no {name} of a training run; expected one saved by qtlm train.")
-    return loaded
-
-# %% ../nbs/14_cli.ipynb #generate
-def _generate(
-    checkpoint: str,  # a run (its newest step), or a step directory
-    prompt: str = "\n",  # what the text begins with
-    max_new_tokens: int = 200,  # how many tokens to add
-    temperature: float = 0.8,  # 0: always the likeliest token; 1: as the model believes
-    top_k: int = None,  # draw from the k likeliest tokens
-    top_p: float = None,  # draw from the likeliest tokens that together have this probability
-    seed: int = 0,  # the same seed gives the same text
-):
-    "Let a model write. Example: qtlm generate checkpoints/run --prompt 'def ' --temperature 0.7"
-    from qtlm.generation import generate
-
-    loaded = _load(checkpoint)
-    ids = generate(
-        loaded.model, loaded.vocab.encode(prompt), max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+# %% ../nbs/14_cli.ipynb #zsh-script
+_ZSH = r"""#compdef qtlm
+# Completion of qtlm for zsh: source <(qtlm completion zsh), after compinit; or a file _qtlm in a folder of $fpath
+_qtlm() {
+    local -a commands known
+    commands=(
+@COMMANDS@
     )
-    text = loaded.vocab.decode(ids)
-    print(_printable(text) if sys.stdout.isatty() else text)
+    if (( CURRENT == 2 )); then _describe command commands; return; fi
+    case $words[2] in
+@CASES@
+    esac
+    compadd -S '' -- ${(M)known:#*=}
+    compadd -- ${known:#*=}
+    [[ $words[2] == completion ]] && return
+    compset -P '*='
+    _files
+}
+if [[ $funcstack[1] == _qtlm ]]; then _qtlm "$@"; else compdef _qtlm qtlm; fi"""
 
-# %% ../nbs/14_cli.ipynb #demo
-def _demo(
-    text: str = None,  # file, folder or glob to learn from; default: the source of Python's standard library
-    config: str = None,  # YAML or JSON with settings for training; default: the demo's own
-    steps: int = None,  # training steps; default: 600, or what the config says; the four runs after it take a sixth of that each
-    out: str = "checkpoints/demo",  # where everything is written; a demo that was interrupted there goes on
-    seed: int = None,  # the same seed on the same machine gives the same report
-    other: str = None,  # file, folder or glob with text of another kind to fine-tune on; default: C++ headers that torch brings along
-):
-    "Train, save, quantize to INT8 and INT4, go on with QAT, fine-tune in INT4, compare, and let each model write. Example: qtlm demo --text book.txt"
-    report = run_demo(_demo_config(config, text, steps, seed), out, other)
-    print(f"{_table(report)}\n\n{_notes(report)}")
-    for name, row in report["models"].items():
-        print(f"\n{name} writes:\n{_printable(row['sample'])}")
-    print(f"\nWritten to {out}: report.json, loss.png, sizes.png, training.png, and the models under models/.", file=sys.stderr)
+# %% ../nbs/14_cli.ipynb #completion
+def _completion(
+    shell: str,  # bash or zsh
+) -> _Result:
+    """Print a script that teaches a shell qtlm's commands, options and settings.
+
+    source <(qtlm completion bash)
+    qtlm completion zsh > ~/.zfunc/_qtlm
+    """
+    from qtlm.config import ConfigError
+
+    if shell not in ("bash", "zsh"):
+        raise ConfigError(f"completion: found {shell[:40]!r}; expected bash or zsh.")
+    bash = shell == "bash"
+    about = lambda command: command.__doc__.splitlines()[0].replace("'", "").replace(":", ",")
+    names = "\n".join([*_COMMANDS, "--help", "--version"] if bash else [f"        '{name}:{about(command)}'" for name, command in _COMMANDS.items()])
+    one = "        {}) words='{}' ;;" if bash else "        {}) known=({}) ;;"
+    cases = "\n".join(one.format(name, ("\n" if bash else " ").join(_words(name))) for name in _COMMANDS)
+    script = (_BASH if bash else _ZSH).replace("@COMMANDS@", names).replace("@CASES@", cases)
+    return _Result(script, {"shell": shell, "script": script})
 
 # %% ../nbs/14_cli.ipynb #adopt-customs
 def _adopt_customs() -> None:
@@ -262,12 +196,25 @@ def _adopt_customs() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
+# %% ../nbs/14_cli.ipynb #commands
+_COMMANDS = {
+    "demo": _demo, "train": _train, "quantize": _quantize, "finetune": _finetune, "evaluate": _evaluate, "generate": _generate,
+    "inspect": _inspect, "verify": _verify, "completion": _completion,
+}
+
+
+def _usage() -> str:
+    "Say what there is, one line a command."
+    lines = [f"  {name:12}{command.__doc__.splitlines()[0]}" for name, command in _COMMANDS.items()]
+    last = "qtlm COMMAND --help tells more, with examples; --json after any command prints its result as JSON; qtlm --version tells the version."
+    return "\n".join(["usage: qtlm COMMAND [options]", "", *lines, "", last])
+
 # %% ../nbs/14_cli.ipynb #no-command
 def _no_command(name: str) -> str:
     "Say that there is no such command, and which may have been meant."
     near = difflib.get_close_matches(name, _COMMANDS, 1)
     hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_COMMANDS)}."
-    return f"qtlm: {name!r} is no command; {hint}"
+    return f"{_prefix('qtlm', sys.stderr)} {name!r} is no command; {hint}"
 
 # %% ../nbs/14_cli.ipynb #main
 def main(
@@ -277,11 +224,10 @@ def main(
     from qtlm import __version__
 
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help", "help"):
-        print(_usage())
-        return 0
-    if name == "--version":
-        print(f"qtlm {__version__}")
+    if name == "help" and rest:
+        name, rest = rest[0], ["--help"]
+    if name in ("-h", "--help", "help", "--version"):
+        print(f"qtlm {__version__}" if name == "--version" else _usage())
         return 0
     if name not in _COMMANDS:
         print(_no_command(name), file=sys.stderr)
@@ -292,12 +238,3 @@ def main(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush finds somewhere to go
         return 0
-
-# %% ../nbs/14_cli.ipynb #commands
-_COMMANDS = {"demo": _demo, "train": _train, "quantize": _quantize, "evaluate": _evaluate, "generate": _generate, "inspect": _inspect, "verify": _verify}
-
-
-def _usage() -> str:
-    "Say what there is, one line a command."
-    lines = [f"  {name:10}{command.__doc__}" for name, command in _COMMANDS.items()]
-    return "\n".join(["usage: qtlm COMMAND [options]", "", *lines, "", "qtlm COMMAND --help tells more; qtlm --version the version."])

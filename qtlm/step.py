@@ -8,7 +8,7 @@ __all__ = ['split_rows', 'accumulate_gradients', 'learning_rate_factor', 'clip_g
 # %% ../nbs/07a_step.ipynb #imports
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from .batches import _count_targets, _to_device, evaluation_mode, model_logits, seeded, shifts_labels, split_batch
 from .data import Batches, DataError
 from .finetuning import _with_gradients
+from .layers import _Quantized
 from .loss import compute_loss, distillation_loss
 from .model import ModelInputError
+from .parallel import World, _added_up, _complete_, _full, _inner
 
 # %% ../nbs/07a_step.ipynb #split-micro-batches
 def split_rows(
@@ -36,6 +38,15 @@ def split_rows(
     if isinstance(batch, (tuple, list)):
         return list(zip(*(split_rows(part, pieces) for part in batch)))
     return [batch] * pieces  # a switch or a number that goes with every row
+
+# %% ../nbs/07a_step.ipynb #share
+def _share(pair: tuple, world: World, ignore_index: int) -> tuple:
+    "Return this process's rows of (inputs, targets); where there are none for it, a row that counts nothing."
+    rows = split_rows(pair, world.size)
+    if world.rank < len(rows):
+        return rows[world.rank]
+    inputs, targets = split_rows(rows[0], len(rows[0][1]))[0]
+    return inputs, torch.full_like(targets, ignore_index)
 
 # %% ../nbs/07a_step.ipynb #taught
 def _taught(logits: Tensor, teacher: nn.Module, inputs: Any, ignored: Tensor, temperature: float) -> Tensor:
@@ -57,27 +68,30 @@ def accumulate_gradients(
     teacher: nn.Module | None = None,  # a model of the same classes, whose probabilities a share of the loss asks for
     share: float = 0.0,  # of that part in the loss, 0 to 1
     temperature: float = 1.0,  # of that part, > 0
-) -> tuple[float, int]:  # mean loss over all counted targets, and their number
+    world: World = World(),  # the processes that share each of the batches; `model` is what `distribute` made of it for them
+) -> tuple[float, int]:  # mean loss over all counted targets of all processes, and their number
     "Run forward and backward over `micro_batches` as if they were one batch."
-    pairs = [split_batch(batch, ignore_index, shifts_labels(model)) for batch in micro_batches]
-    count = sum(_count_targets(targets, ignore_index) for _, targets in pairs)
+    pairs = [_share(split_batch(batch, ignore_index, shifts_labels(_inner(model))), world, ignore_index) for batch in micro_batches]
+    count = int(world.sum(sum(_count_targets(targets, ignore_index) for _, targets in pairs)))
     if not count:
         raise DataError(f"batch: every target is {ignore_index}, which is ignored; expected one that counts.")
     total = 0.0
-    for inputs, targets in pairs:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model_logits(model, _to_device(inputs, device))
-        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "sum"}
-        loss = compute_loss(logits, _to_device(targets, device), **options) / count
-        if teacher is not None:
-            told = _taught(logits, teacher, inputs, targets == ignore_index, temperature)
-            loss = (1 - share) * loss + share * told * (_count_targets(targets, ignore_index) / count)
-        if not loss.requires_grad:
-            raise ModelInputError("model: its logits depend on no trainable parameter; expected some. Unfreeze a layer, or look for no_grad.")
-        total += loss.item()
-        if not math.isfinite(total):
-            raise FloatingPointError("loss")
-        loss.backward()
+    for number, (inputs, targets) in enumerate(pairs, 1):
+        with _added_up(model, last=number == len(pairs)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = model_logits(model, _to_device(inputs, device))
+            options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "sum"}
+            loss = compute_loss(logits, _to_device(targets, device), **options) / count
+            if teacher is not None:
+                told = _taught(logits, teacher, inputs, targets == ignore_index, temperature)
+                loss = (1 - share) * loss + share * told * (_count_targets(targets, ignore_index) / count)
+            if not loss.requires_grad:
+                raise ModelInputError("model: its logits depend on no trainable parameter; expected some. Unfreeze a layer, or look for no_grad.")
+            total += world.sum(loss.item())
+            if not math.isfinite(total):
+                raise FloatingPointError("loss")
+            loss.backward()
+    _complete_(model, world)
     return total, count
 
 # %% ../nbs/07a_step.ipynb #fall
@@ -104,7 +118,7 @@ def learning_rate_factor(
 # %% ../nbs/07a_step.ipynb #worst-gradient
 def _not_finite(named: list[tuple[str, Tensor]]) -> str:
     "Name the first parameter whose gradient is not finite, or all together where only their norm is not."
-    bad = next((name for name, p in named if not torch.isfinite(p.grad).all()), None)
+    bad = next((name for name, p in named if not torch.isfinite(_full(p.grad)).all()), None)
     return f"the gradient of {bad}" if bad else "the norm of all gradients together"
 
 # %% ../nbs/07a_step.ipynb #clip-gradients
@@ -114,11 +128,25 @@ def clip_gradients_(
 ) -> float:  # the norm before clipping
     "Scale the gradients to a total norm of at most `max_norm`; raise `FloatingPointError` naming a tensor that is not finite."
     named = _with_gradients(model)
-    norm = torch.nn.utils.get_total_norm([p.grad for _, p in named])
+    norm = _full(torch.nn.utils.get_total_norm([p.grad for _, p in named]))
     if not torch.isfinite(norm):
         raise FloatingPointError(_not_finite(named))
     torch.nn.utils.clip_grads_with_norm_([p for _, p in named], math.inf if max_norm is None else max_norm, norm)
     return norm.item()
+
+# %% ../nbs/07a_step.ipynb #buffers-kept
+def _remember_buffers(model: nn.Module) -> list[tuple]:
+    "Copy the buffers that a forward pass may write: floats, and counters. Those of integer layers are none of these."
+    modules = (module for module in model.modules() if not isinstance(module, _Quantized))
+    owned = ((module, name, buffer) for module in modules for name, buffer in module._buffers.items() if buffer is not None)
+    return [(module, name, b, b.clone()) for module, name, b in owned if b.is_floating_point() or b.ndim == 0]
+
+# %% ../nbs/07a_step.ipynb #put-back-buffers
+def _put_back_(remembered: list[tuple]) -> None:
+    "Undo what happened to the buffers since `_remember_buffers`, in place or by assignment."
+    for module, name, buffer, before in remembered:
+        module._buffers[name] = buffer
+        buffer.data.copy_(before)
 
 # %% ../nbs/07a_step.ipynb #endless
 def _endless(batches: Iterable) -> Iterator:
@@ -163,3 +191,10 @@ def micro_batches(
         stream = itertools.islice(_drawn(_endless(batches), seed), start * accumulate, None)
         while window := list(itertools.islice(stream, accumulate)):
             yield window
+
+# %% ../nbs/07a_step.ipynb #spread
+def _spread(batches: Any, limit: int | None) -> Any:
+    "Choose `limit` batches, spread evenly where they can be indexed; all where there are no more."
+    if limit is None or not isinstance(batches, Sized) or not hasattr(batches, "__getitem__") or len(batches) <= limit:
+        return batches
+    return (batches[i * len(batches) // limit] for i in range(limit))

@@ -12,7 +12,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from .base import _environment_differences
-from .batches import as_batches, is_batches, mean_loss, rng_state, seeded, set_rng_state_, split_batch
+from .batches import as_batches, is_batches, mean_loss, rng_state, seeded, set_rng_state_, shifts_labels, split_batch
 from .checkpoint import CheckpointError, CheckpointMismatchError, CheckpointWarning, CheckpointWriteError, latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainingConfig
 from .data import Batches, DataError, Tokens, check_split
 from .finetuning import zero_gradients_
 from .history import Callback, EarlyStopping, History, Progress, Signals
+from .loggers import make_loggers
 from .loss import bits_per_byte
 from .modes import check_trainable, make_trainable_, set_phase_
 from .optim import configure_optimizer
+from .parallel import ParallelError, World, _gather, _hollow, _in_touch, _same_model_, _scatter_, check_parallel, distribute, join_world
 from .qat import convert_qat
-from .quantization import _Quantized
-from .step import accumulate_gradients, clip_gradients_, learning_rate_factor, micro_batches, split_rows
+from .step import _put_back_, _remember_buffers, _share, _spread, accumulate_gradients, clip_gradients_, learning_rate_factor, micro_batches, split_rows
 
 # %% ../nbs/09_trainer.ipynb #resolve-config
 def _resolve_config(config: TrainingConfig | Mapping | None, overrides: dict, model: nn.Module) -> TrainingConfig:
@@ -49,10 +50,11 @@ def _resolve_config(config: TrainingConfig | Mapping | None, overrides: dict, mo
     return config.replace(block_size=own) if isinstance(own, int) and "block_size" not in config.model_fields_set else config
 
 # %% ../nbs/09_trainer.ipynb #resolve-device
-def _resolve_device(name: str) -> torch.device:
-    "Find the device `name`; `auto` is the first GPU where there is one, else the CPU."
+def _resolve_device(name: str, world: World = World()) -> torch.device:
+    "Find the device `name`; `auto` is the first GPU where there is one, else the CPU. Of several processes each has its own GPU."
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = f"cuda:{world.local_rank}" if name == "cuda" and world.size > 1 else name
     try:
         torch.empty(0, device=name)
         return torch.device(name)
@@ -71,32 +73,20 @@ def _check_callbacks(callbacks: Any) -> list[Callback]:
 class NonFiniteLossError(RuntimeError):
     "A loss or gradient that is not finite; the weights are those of the step before."
 
-# %% ../nbs/09_trainer.ipynb #buffers-kept
-def _remember_buffers(model: nn.Module) -> list[tuple]:
-    "Copy the buffers that a forward pass may write: floats, and counters. Those of integer layers are none of these."
-    modules = (module for module in model.modules() if not isinstance(module, _Quantized))
-    owned = ((module, name, buffer) for module in modules for name, buffer in module._buffers.items() if buffer is not None)
-    return [(module, name, b, b.clone()) for module, name, b in owned if b.is_floating_point() or b.ndim == 0]
-
-# %% ../nbs/09_trainer.ipynb #put-back-buffers
-def _put_back_(remembered: list[tuple]) -> None:
-    "Undo what happened to the buffers since `_remember_buffers`, in place or by assignment."
-    for module, name, buffer, before in remembered:
-        module._buffers[name] = buffer
-        buffer.data.copy_(before)
-
 # %% ../nbs/09_trainer.ipynb #gradients
 def _gradients(trainer: "Trainer", micro_batches: list) -> tuple[float, int, float]:
     "Run forward and backward; return loss, count of targets and gradient norm, or raise and leave the model as it was."
     config, model, buffers = trainer.config, trainer.model, _remember_buffers(trainer.model)
     settings = (trainer.device, config.dtype == "bf16", config.ignore_index, config.label_smoothing)
     settings += (trainer.teacher, config.distillation_weight, config.distillation_temperature) if config.distillation_weight else ()
+    own_seed = config.seed + (trainer.world.rank << 32)  # other rows need other dropout
     zero_gradients_(model)
     try:
-        with seeded(config.seed, trainer.step):
-            loss, count = accumulate_gradients(trainer._forward, micro_batches, *settings)
+        with seeded(own_seed, trainer.step):
+            loss, count = accumulate_gradients(trainer._forward, micro_batches, *settings, world=trainer.world)
         return loss, count, clip_gradients_(model, config.max_grad_norm)
     except BaseException as error:
+        getattr(trainer._forward, "reset_iter_state", lambda: None)()  # of fully_shard, between forward and backward
         zero_gradients_(model)
         _put_back_(buffers)
         if isinstance(error, FloatingPointError):
@@ -130,7 +120,7 @@ def _record(trainer: "Trainer", loss: float, rate: float, grad_norm: float, spee
     "Write the step that was just taken into the history and the log `qtlm`, and tell the callbacks."
     record = {"step": trainer.step, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm, "tokens": trainer.tokens_seen}
     trainer.history.log(**record, tokens_per_second=round(speed, 1))
-    if trainer.step % trainer.config.logging_steps == 0:
+    if trainer.world.main and trainer.step % trainer.config.logging_steps == 0:
         _logger.info("step %d loss %.6f learning_rate %.3g grad_norm %.3g", trainer.step, loss, rate, grad_norm)
     _tell(trainer, "on_step_end")
 
@@ -155,20 +145,31 @@ def _evaluation_batches(trainer: "Trainer", data: Any) -> tuple[Any, float | Non
         raise DataError(f"eval_data: {kind}; expected Tokens, a 1-D LongTensor of tokens, or a finite list or loader that can be read again.")
     return data, None
 
-# %% ../nbs/09_trainer.ipynb #spread
-def _spread(batches: Any, limit: int | None) -> Any:
-    "Choose `limit` batches, spread evenly where they can be indexed; all where there are no more."
-    if limit is None or not isinstance(batches, Sized) or not hasattr(batches, "__getitem__") or len(batches) <= limit:
-        return batches
-    return (batches[i * len(batches) // limit] for i in range(limit))
+# %% ../nbs/09_trainer.ipynb #mean-loss
+def _mean_loss(trainer: "Trainer", batches: Any, stop: Any) -> float:
+    "Average the loss of `trainer`'s model over `batches`; each process takes its rows of them."
+    config, world, ended = trainer.config, trainer.world, []
+    settings = (trainer.model, trainer.device, config.dtype == "bf16", config.ignore_index)
+    if world.size == 1:
+        return mean_loss(settings[0], batches, *settings[1:], config.eval_batches, stop)[0]
+
+    def shares():
+        shifts = shifts_labels(trainer.model)
+        for batch in itertools.islice(batches, config.eval_batches):
+            if stop and world.max(stop() or 0):
+                break
+            yield _share(split_batch(batch, config.ignore_index, shifts), world, config.ignore_index)
+        ended.append(True)  # a process that had no row is no reason to complain
+
+    loss, count = mean_loss(settings[0], shares(), *settings[1:], stop=lambda: ended)
+    return world.sum(loss * count) / max(1, world.sum(count))
 
 # %% ../nbs/09_trainer.ipynb #evaluate-data
 def _evaluate(trainer: "Trainer", data: Any, stop: Any = None) -> dict:
     "Measure loss, perplexity and bits per byte on `data`."
     config, (batches, token_bytes) = trainer.config, _evaluation_batches(trainer, data)
     set_phase_(trainer.model, config, trainer.step)
-    bf16, batches = config.dtype == "bf16", _spread(batches, config.eval_batches)
-    loss, _ = mean_loss(trainer.model, batches, trainer.device, bf16, config.ignore_index, config.eval_batches, stop)
+    loss = _mean_loss(trainer, _spread(batches, config.eval_batches), stop)
     perplexity = math.exp(min(loss, 700.0))  # exp(710) is past float64
     return {"loss": loss, "perplexity": perplexity, "bits_per_byte": token_bytes and bits_per_byte(loss, 1, token_bytes)}
 
@@ -202,7 +203,7 @@ def _trainer_state(trainer: "Trainer") -> dict:
         "callbacks": [[type(callback).__name__, callback.state_dict()] for callback in trainer.callbacks],
         "data": trainer._data_identity,
         "rng": rng_state(),
-    }
+    } | ({"processes": trainer.world.size} if trainer.world.size > 1 else {})
 
 # %% ../nbs/09_trainer.ipynb #load-trainer-state
 def _load_trainer_state_(trainer: "Trainer", state: dict) -> None:
@@ -213,6 +214,8 @@ def _load_trainer_state_(trainer: "Trainer", state: dict) -> None:
     trainer._data_identity = state["data"] if trainer._data_identity is None else trainer._data_identity
     trainer.step, trainer.tokens_seen = state["step"], state["tokens_seen"]
     trainer.history.load_state_dict(state["history"])
+    if (before := state.get("processes", 1)) != trainer.world.size:
+        warnings.warn(f"resume: processes {trainer.world.size} (saved: {before}); the run goes on, but not to the last bit.", stacklevel=2)
     waiting = list(trainer.callbacks)
     for name, remembered in state["callbacks"]:
         callback = next((c for c in waiting if type(c).__name__ == name), None)
@@ -223,22 +226,38 @@ def _load_trainer_state_(trainer: "Trainer", state: dict) -> None:
             warnings.warn(f"resume: callback {name} was saved and is not here; its state is dropped.", stacklevel=2)
     set_rng_state_(state["rng"])
 
-# %% ../nbs/09_trainer.ipynb #save
-def _save(trainer: "Trainer", run: Path) -> Path | None:
-    "Publish a checkpoint of `trainer` under `run` and tell the callbacks; None where it failed and was forgiven."
-    config = trainer.config
+# %% ../nbs/09_trainer.ipynb #whole
+def _whole(trainer: "Trainer", keep: bool) -> tuple:
+    "Return model and optimizer as they are saved: the trainer's own, or, where these are cut into parts, whole ones for those who keep them."
+    if trainer._hollow is None:
+        return trainer.model, trainer.optimizer
+    return _gather(trainer.model, trainer.optimizer, trainer._hollow, keep) or (None, None)
+
+# %% ../nbs/09_trainer.ipynb #write
+def _write(trainer: "Trainer", run: Path) -> Path:
+    "Publish a checkpoint of `trainer` under `run`; of several processes the first does it, and the others give it their parts."
+    config, (model, optimizer) = trainer.config, _whole(trainer, keep=trainer.world.main)
     losses = [loss for loss in trainer.history.eval_losses if loss is not None and math.isfinite(loss)]
-    best = bool(losses) and losses[-1] == min(losses)
+    if not trainer.world.main:
+        return run / f"step-{trainer.step:010d}"
+    noted = {"metrics": {"eval_loss": losses[-1]} if losses else None, "best": bool(losses) and losses[-1] == min(losses)}
+    noted |= {"save_total_limit": config.save_total_limit, "save_frozen": config.save_frozen}
+    return save_checkpoint(model, optimizer, config, trainer.vocab, trainer.step, run, trainer=trainer, **noted)
+
+# %% ../nbs/09_trainer.ipynb #save
+def _save(trainer: "Trainer", run: Path, error: BaseException | None = None) -> Path | None:
+    "Publish a checkpoint of `trainer` under `run` and tell the callbacks; None where it failed and was forgiven."
+    failed = None
     try:
-        path = save_checkpoint(
-            trainer.model, trainer.optimizer, config, trainer.vocab, trainer.step, run,
-            trainer=trainer, metrics={"eval_loss": losses[-1]} if losses else None, best=best, save_total_limit=config.save_total_limit, save_frozen=config.save_frozen,
-        )  # fmt: skip
-    except CheckpointWriteError as error:
+        path = _write(trainer, run)
+    except CheckpointError as caught:
+        failed = caught
+    grave = 0 if failed is None else 1 if isinstance(failed, CheckpointWriteError) else 2
+    if grave := grave if error else trainer.world.max(grave):
         trainer._failed_saves += 1
-        if config.on_save_error == "raise" or trainer._failed_saves >= 3:
-            raise
-        warnings.warn(f"step {trainer.step}: not saved ({error}); training goes on.", stacklevel=2)
+        if grave > 1 or trainer.config.on_save_error == "raise" or trainer._failed_saves >= 3:
+            raise failed or ParallelError(f"step {trainer.step}: process 0 could not save, and says why.")
+        warnings.warn(f"step {trainer.step}: not saved ({failed}); training goes on.", stacklevel=2)
         return None
     trainer._failed_saves, trainer._saved_step, trainer._home = 0, trainer.step, run
     _tell(trainer, "on_save", path)
@@ -256,7 +275,11 @@ def _resume_from(trainer: "Trainer", source: str | os.PathLike) -> None:
     "Load `source` into `trainer`; where the config differs from the saved one, the config counts."
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(f"resume_from_checkpoint: {source!r}; expected True, 'auto', or the path of a run or a step directory.")
-    checkpoint = load_checkpoint(source, model=trainer.model, optimizer=trainer.optimizer, trainer=trainer)
+    model, optimizer = _whole(trainer, keep=True)
+    checkpoint = load_checkpoint(source, model=model, optimizer=optimizer, trainer=trainer)
+    if model is not trainer.model:
+        _scatter_(model, optimizer, trainer.model, trainer.optimizer)
+    trainer.world.check_same("checkpoint", checkpoint.digest)
     _follow_config_(trainer.optimizer, trainer.config)
     if differing := _environment_differences(checkpoint.metadata.get("environment", {}), trainer.model):
         text = f"{checkpoint.path}: another environment, {', '.join(differing)}; the run goes on, but perhaps not to the last bit"
@@ -269,12 +292,13 @@ def _begin(trainer: "Trainer", resume: bool | str | os.PathLike | None, kept: bo
     "Resume if asked to; refuse to mix two runs in one directory; open the history file of a kept run."
     run = trainer.run_dir
     there = latest_checkpoint(run) if kept or resume == "auto" else None
+    resume = True if there and trainer.world.restarts else resume  # torchrun started all again, with the same words as before
     if resume and not (resume == "auto" and there is None):
         _resume_from(trainer, run if resume is True or resume == "auto" else resume)
     if kept and there is not None and int(there.name.removeprefix("step-")) > trainer.step:
         hint = "Pass resume_from_checkpoint=True, or another run_name."
         raise CheckpointWriteError(run, f"holds a run, {there.name}", f"none after step {trainer.step}", hint)
-    trainer.history.path = run / "history.jsonl" if kept else None
+    trainer.history.path = run / "history.jsonl" if kept and trainer.world.main else None
     try:
         trainer.history.rewind(trainer.step)
     except OSError as error:
@@ -287,9 +311,15 @@ def _evaluate_if_due(trainer: "Trainer", signals: Signals) -> None:
     due = every and step and (step % every == 0 or step == trainer.config.max_steps) and trainer.eval_data is not None
     if due and not any(r["step"] == step and "eval_loss" in r for r in trainer.history.records[-2:]):
         metrics = _evaluate(trainer, trainer.eval_data, lambda: signals.received)
-        if not signals.received:
+        if not trainer.world.max(signals.received or 0):
             trainer.history.log(step=step, **{f"eval_{name}": value for name, value in metrics.items() if value is not None})
             _tell(trainer, "on_evaluate", metrics)
+
+# %% ../nbs/09_trainer.ipynb #stops
+def _stops(trainer: "Trainer", signals: Signals) -> bool:
+    "Tell whether a callback or a signal asks for the end: what one process was told, all have heard."
+    signals.received = trainer.world.max(signals.received or 0) or None
+    return bool(trainer.world.max(trainer._stopped)) or signals.received is not None
 
 # %% ../nbs/09_trainer.ipynb #loop
 def _loop(trainer: "Trainer", batches: Any, signals: Signals) -> None:
@@ -297,7 +327,7 @@ def _loop(trainer: "Trainer", batches: Any, signals: Signals) -> None:
     config = trainer.config
     steps = micro_batches(batches, trainer.step, config.gradient_accumulation_steps, config.seed)
     _evaluate_if_due(trainer, signals)
-    while trainer.step < config.max_steps and not trainer._stopped and not signals.received:
+    while trainer.step < config.max_steps and not _stops(trainer, signals):
         pieces = next(steps, None)
         if pieces is None:
             if trainer.step == 0:
@@ -315,6 +345,7 @@ def _prepare(trainer: "Trainer") -> Any:
     config, data = trainer.config, trainer.eval_data
     batches = as_batches(trainer.train_data, config.block_size, config.batch_size * config.gradient_accumulation_steps, config.seed)
     found = _identify_data(batches, config)
+    trainer.world.check_same("train_data", found)
     _check_data(trainer._data_identity if trainer.step else None, found)
     if config.eval_steps and data is not None:
         _evaluation_batches(trainer, data)
@@ -327,9 +358,11 @@ def _prepare(trainer: "Trainer") -> Any:
 def _finish(trainer: "Trainer", kept: bool, signals: Signals, error: BaseException | None) -> None:
     "Save what is not saved yet, and tell the callbacks; nothing here hides `error`."
     unsaved = trainer.step and trainer._saved_step != trainer.step and not isinstance(error, CheckpointError)
+    together = error is None or isinstance(error, NonFiniteLossError)
+    signals.received = trainer.world.max(signals.received or 0) or None if error is None else signals.received
     try:
-        if unsaved and (kept or signals.received):
-            _save(trainer, trainer.run_dir if kept or trainer._home == trainer.run_dir else _free_directory(trainer.run_dir))
+        if unsaved and (kept or signals.received) and (together or trainer._hollow is None):
+            _save(trainer, trainer.run_dir if kept or trainer._home == trainer.run_dir else _free_directory(trainer.run_dir), error)
         _tell(trainer, "on_train_end")
     except Exception as second:
         if error is None:
@@ -341,12 +374,13 @@ def _train(trainer: "Trainer", resume: bool | str | os.PathLike | None) -> Histo
     "Run the loop between its beginning and its end."
     batches, error = _prepare(trainer), None
     kept = trainer.config.output_dir is not None or trainer.config.save_steps is not None
-    trainer._progress = [Progress()] if trainer.config.progress else []
+    trainer._progress = [Progress()] if trainer.config.progress and trainer.world.main else []
     with Signals() as signals:
         _begin(trainer, resume, kept)
         try:
             _tell(trainer, "on_train_begin")
-            _loop(trainer, batches, signals)
+            with _in_touch(trainer.world):
+                _loop(trainer, batches, signals)
         except BaseException as caught:
             error = caught
             raise
@@ -380,18 +414,20 @@ class Trainer:
     ):
         self.config = config = _resolve_config(config, overrides, model)
         check_trainable(model, config, teacher)
-        callbacks, self.device = _check_callbacks(callbacks), _resolve_device(config.device)
-        self.teacher = None if teacher is None else teacher.to(self.device)
-        self.model, self.vocab = model.to(self.device), vocab
+        callbacks, self.world = _check_callbacks(callbacks), join_world(config.device)
+        check_parallel(model, config, self.world)
+        self.device = _resolve_device(config.device, self.world)
+        self.model, self.vocab, self.teacher = model.to(self.device), vocab, teacher and teacher.to(self.device)
+        _same_model_(model, self.world)
         settings, more = (config.learning_rate, config.weight_decay, config.betas, config.eps), {"gradients_in_backward": config.gradients_in_backward}
         if config.quantization_mode == "qat":
             configure_optimizer(model, *settings)  # what cannot be stepped is refused before its layers are turned
         make_trainable_(model, config, train_data)
+        self._hollow, self._forward = _hollow(model, self.world, config.parallel), distribute(model, self.world, config.parallel, config.compile)
         self.optimizer = configure_optimizer(model, *settings, seed=config.seed, **more)
         self.train_data, self.eval_data, self.step, self.tokens_seen, self.history = train_data, eval_data, 0, 0, History()
         stopping = [EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold)] if config.early_stopping_patience else []
-        self.callbacks = [*stopping, *callbacks]
-        self._forward = torch.compile(model) if config.compile else model
+        self.callbacks = [*stopping, *callbacks, *(make_loggers(config.report_to) if self.world.main else [])]
         self._data_identity, self._stopped, self._failed_saves, self._saved_step, self._home, self._progress = None, False, 0, None, None, []
         if config.deterministic:
             torch.use_deterministic_algorithms(True)
