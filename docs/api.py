@@ -28,7 +28,7 @@ class Name:
     @property
     def is_home(self) -> bool:
         "Whether `qtlm` itself offers it."
-        return qtlm._HOME.get(self.name) == self.module
+        return self.name in qtlm._HOME and getattr(qtlm, self.name) is self.object
 
     @property
     def target(self) -> str:
@@ -38,8 +38,9 @@ class Name:
     @property
     def label(self) -> str:
         "The anchor of the name in its chapter."
-        kind = "class" if inspect.isclass(self.object) else "function"  # anchors know no capitals, and there is a Sensitivity and a sensitivity
-        return f"{kind}-{self.module}-{self.name}".replace("_", "-").lower()
+        # Anchors know neither capitals nor underscores: there is a Sensitivity and a sensitivity, and `f_` is `f` in place.
+        kind = "class" if inspect.isclass(self.object) else "in-place" if self.name.endswith("_") else "function"
+        return f"{kind}-{self.module}-{self.name.strip('_')}".replace("_", "-").lower()
 
     @property
     def summary(self) -> str:
@@ -49,10 +50,10 @@ class Name:
 
 @cache
 def public_names(module: str) -> tuple[Name, ...]:
-    "Return the functions and classes in a module's `__all__`, as they stand there."
+    "Return the functions and classes in a module's `__all__` that are its own, as they stand there."
     home = importlib.import_module(f"qtlm.{module}")
     found = [Name(module, name, getattr(home, name)) for name in home.__all__]
-    return tuple(name for name in found if inspect.isclass(name.object) or inspect.isfunction(name.object))
+    return tuple(n for n in found if (inspect.isclass(n.object) or inspect.isfunction(n.object)) and n.object.__module__ == home.__name__)
 
 
 def docstring(thing: Any) -> str:
@@ -84,7 +85,8 @@ def _dataclass_signature(cls: type) -> str:
     lines = {n.target.id: n for base in reversed(_own(cls)) for n in _tree(base).body if isinstance(n, ast.AnnAssign)}
     nodes = [lines[field.name] for field in dataclasses.fields(cls) if field.init]
     plain = [f"{ast.unparse(n.target)}: {ast.unparse(n.annotation)}" for n in nodes]
-    return f"({', '.join(p + (' = ...' if n.value else '') for p, n in zip(plain, nodes))})"
+    defaults = [f" = {ast.unparse(n.value) if isinstance(n.value, ast.Constant) else '...'}" if n.value else "" for n in nodes]
+    return f"({', '.join(map(''.join, zip(plain, defaults)))})"
 
 
 def signature(thing: Any) -> str:

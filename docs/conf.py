@@ -15,18 +15,20 @@ nb_execution_mode = "off"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_merge_streams = True
+nb_mime_priority_overrides = [("html", "text/markdown", 5)]  # before text/html: the theme knows how tables look
 nb_render_markdown_format = "myst"
 nb_ipywidgets_js = {}
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "fieldlist"]
 myst_dmath_allow_digits = False  # "$5 and $6" is no formula
 myst_heading_anchors = 3
 
-python_maximum_signature_line_length = 72
+python_maximum_signature_line_length = 48
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 html_theme = "furo"
 html_theme_options = {"sidebar_hide_name": False, "navigation_with_keys": True}
 html_static_path = [str(HERE / "pages" / "_static")]
+html_favicon = str(HERE / "pages" / "_static" / "favicon.svg")
 html_css_files = ["site.css"]
 html_js_files = ["site.js"]
 html_copy_source = html_show_sourcelink = html_show_sphinx = False

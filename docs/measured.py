@@ -22,9 +22,9 @@ def results(name: str) -> dict:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    "Return a Markdown table; its first column is text and the others are figures."
-    lines = ["| " + " | ".join(row) + " |" for row in [head, [":--", *["--:"] * (len(head) - 1)], *rows]]
+def table(head: list[str], rows: list[list[str]], rest: str = "--:") -> str:
+    "Return a Markdown table; its first column is text and the others, unless `rest` says `:--`, are figures."
+    lines = ["| " + " | ".join(row) + " |" for row in [head, [":--", *[rest] * (len(head) - 1)], *rows]]
     return "\n".join(lines)
 
 
@@ -229,7 +229,7 @@ def methods_table() -> str:
 
 def calls_table() -> str:
     "Return how each of them is written."
-    return table(["method", "call"], [[name, f"`{call}`"] for name, call, *_ in METHODS])
+    return table(["method", "call"], [[name, f"`{call}`"] for name, call, *_ in METHODS], ":--")
 
 
 def training_table() -> str:
