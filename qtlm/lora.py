@@ -339,6 +339,8 @@ def _install_(model: nn.Module, settings: LoRAConfig, targets: dict[str, nn.Modu
             setattr(owner, name, value)
         raise
     disable_finetuning_(model)
+    for m in (m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")):  # bitsandbytes' layers
+        m.support_avx512bf16_for_cpu = False  # else the first evaluation packs them anew, and no gradient goes through them after it
     model._lora = settings.replace(target_modules=list(targets), exclude_modules=[], modules_to_save=list(saved))
     _logger.info("lora: adapters of %s beside %d layers, r = %d", {"manual": "qtlm"}.get(whose, whose), len(targets), settings.r)
 
