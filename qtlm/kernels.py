@@ -194,6 +194,11 @@ _EXACT = _int_mm_is_exact()
 _MOST = 2**16  # columns: with a zero point the largest sum is 2^16 * 255 * 128, just below 2^31
 
 
+def _rows(m: Tensor) -> Tensor:
+    "Return a matrix whose rows lie one after another, as `torch._int_mm` takes it; it reads the step between rows even where there is one row."
+    return m.contiguous() if m.shape[0] > 1 or m.stride(0) == m.shape[1] else m.reshape(-1).view(m.shape)
+
+
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     "Return a @ b.t() of int8 matrices `[M, K]` and `[N, K]` as int32, exactly."
     if a.shape[1] == 1:
@@ -203,7 +208,7 @@ def _int_mm(a: Tensor, b: Tensor) -> Tensor:
         product = torch._int_mm(F.pad(a, (0, depth, 0, rows)), F.pad(b, (0, depth, 0, columns)).t())
         return product[: a.shape[0], : b.shape[0]]
     if _EXACT:
-        return torch._int_mm(a.contiguous(), b.contiguous().t())
+        return torch._int_mm(_rows(a), _rows(b).t())
     parts = zip(a.split(1024, dim=1), b.split(1024, dim=1))
     return sum((p.float() @ q.float().t()).to(torch.int32) for p, q in parts)
 
@@ -223,10 +228,10 @@ def _shifted_rows(q: Tensor, zero_point: Tensor | None) -> Tensor:
 
 def _product_in_place(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     "Return (q - zero_point) @ w.t() * x_scale * scale + bias, the integer sums made in the memory of the result."
-    rows = _shifted_rows(q, zero_point).contiguous()
+    rows = _rows(_shifted_rows(q, zero_point))
     y = torch.empty(rows.shape[0], w.shape[0], device=q.device, dtype=torch.float32)
     sums = y.view(torch.int32)
-    torch._int_mm(rows, w.contiguous().t(), out=sums)
+    torch._int_mm(rows, _rows(w).t(), out=sums)
     if zero_point is not None:
         y, sums = y[:-1], sums[:-1].sub_(sums[-1:])
     y.copy_(sums).mul_(x_scale).mul_(scale)

@@ -338,7 +338,7 @@ def test_the_float_path_of_other_processors_is_exact_too(monkeypatch):
 
 
 def test_the_product_is_exact_for_every_small_shape_and_layout():
-    "torch._int_mm alone returns garbage for a single column and for expanded rows."
+    "torch._int_mm alone returns garbage for a single column, for expanded rows, and, with AMX, for one row whose stride is below its width."
     for rows in (0, 1, 2, 17):
         for width in (1, 2, 7, 8, 65):
             for out in (1, 2, 8, 19):
@@ -346,6 +346,18 @@ def test_the_product_is_exact_for_every_small_shape_and_layout():
                 for x in (a, a.t().contiguous().t(), torch.stack([a, a], -1)[..., 0], a[:1].expand(rows, width) if rows else a):
                     for v in (w, w.t().contiguous().t()):
                         assert torch.equal(kernels._int_mm(x, v).long(), x.long() @ v.long().t()), (rows, width, out)
+                a, w = (m[:1].as_strided((min(1, len(m)), width), (0, 1)) for m in (a, w))
+                assert torch.equal(kernels._int_mm(a, w).long(), a.long() @ w.long().t()), (rows, width, out)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_one_token_is_the_same_compiled_and_not_however_it_lies():
+    codes, scale = kernels.quantize_rows(torch.randn(24, 16, generator=torch.Generator().manual_seed(1)))
+    x = torch.randn(16, generator=torch.Generator().manual_seed(2))
+    wanted, compiled = int8_linear(x, codes, scale), torch.compile(int8_linear, dynamic=False)
+    for token in (x.as_strided((1, 16), (0, 1)), x.as_strided((1, 1, 16), (0, 0, 1)), x[:, None].t(), torch.stack([x, x])[::2]):
+        for linear in (int8_linear, compiled):
+            torch.testing.assert_close(linear(token, codes, scale).flatten(), wanted)
 
 
 def test_a_processor_whose_product_saturates_is_found_out():
