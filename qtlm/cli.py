@@ -77,9 +77,15 @@ def _finite(value: Any) -> Any:
 # %% ../nbs/14_cli.ipynb #emit
 def _emit(result: _Result, as_json: bool) -> None:
     "Print a result; of several processes of one run the first alone does."
-    if os.environ.get("RANK", "0") == "0":
-        text = json.dumps(_finite(result.data), indent=1) if as_json else result.text
-        print(_printable(text) if sys.stdout.isatty() else text)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    shown = _printable if sys.stdout.isatty() else str
+    if as_json:
+        print(json.dumps(_finite(result.data | {"text": "".join(result.pieces)} if result.pieces else result.data), indent=1))
+        return
+    for piece in result.pieces or [result.text]:
+        print(shown(piece), end="", flush=True)
+    print()
 
 # %% ../nbs/14_cli.ipynb #run-command
 def _run(

@@ -8,7 +8,9 @@ __all__ = []
 # %% ../nbs/13b_commands.ipynb #imports
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ class _Result:
     text: str  # for people: lines
     data: Any  # for programs: names, numbers, lists
     error: Exception | None = None  # a fault that was looked for, and found
+    pieces: Iterator[str] | None = None  # instead of `text`: its parts, as they come
 
 # %% ../nbs/13b_commands.ipynb #file-and-pairs
 def _split(command: str, settings: tuple[str, ...], path: str, needed: bool = True) -> tuple[str | None, list[str]]:
@@ -367,20 +370,28 @@ def _generate(
     temperature: float = 0.8,  # 0: always the likeliest token; 1: as the model believes
     top_k: int = None,  # draw from the k likeliest tokens
     top_p: float = None,  # draw from the likeliest tokens that together have this probability
+    repetition_penalty: float = 1.0,  # more than 1: what the text already has becomes less likely
+    stop: str = None,  # end where this text has been written
     seed: int = 0,  # the same seed gives the same text
+    stream: bool = False,  # write each token as soon as it is there
 ) -> _Result:
     """Let a model write.
 
     qtlm generate checkpoints/run --prompt 'def '
-    qtlm generate checkpoints/run-int4 --temperature 0.7 --top-k 50 --seed 3
+    qtlm generate checkpoints/run-int4 --temperature 0.7 --top-k 50 --seed 3 --stream
+    qtlm generate checkpoints/run --prompt 'Dear ' --stop . --json
     """
-    from qtlm.generation import generate
+    from qtlm.generation import generate, stream_generate
 
     loaded = _load(checkpoint)
+    dials = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty, "seed": seed}
+    dials |= {"stop_strings": () if stop is None else stop, "vocab": loaded.vocab}
+    if stream:
+        return _Result("", {"prompt": prompt, "seed": seed}, pieces=chain([prompt], stream_generate(loaded.model, prompt, max_new_tokens, **dials)))
     given = loaded.vocab.encode(prompt)
-    ids = generate(loaded.model, given, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    ids = generate(loaded.model, given, max_new_tokens, **dials)
     text = loaded.vocab.decode(ids)
-    return _Result(text, {"prompt": prompt, "text": text, "new_tokens": len(ids) - len(given), "seed": seed})
+    return _Result(text, {"prompt": prompt, "seed": seed, "text": text, "new_tokens": len(ids) - len(given)})
 
 # %% ../nbs/13b_commands.ipynb #demo
 def _demo(

@@ -193,6 +193,10 @@ def test_the_other_commands_read_what_demo_wrote(here, finished):
     assert tuned == pytest.approx([report(here / "whole")["finetuning"]["INT4"]["loss_after"]] * 2, abs=1e-5)
     texts = [inside(here, "generate", "small", "--prompt", "It was", "--seed", seed).stdout for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2] and texts[0].startswith("It was")
+    write = ["generate", "small", "--prompt", "It was", "--seed", "1"]
+    assert inside(here, *write, "--stream").stdout == texts[0]
+    stopped = inside(here, *write, "--stop", " ").stdout
+    assert texts[0].startswith(stopped[:-1]) and len(stopped) < len(texts[0]) and stopped.endswith(" \n")
 
 
 def test_train_from_a_file_with_settings(here):
@@ -234,6 +238,7 @@ def test_importing_qtlm_imports_nothing_heavy():
         (["finetune", "whole/models/INT4", "max_steps=3", "--out", "tuned"], lambda d: d["run"] == "tuned" and d["step"] == 3 and d["loss_before"] > 0),
         (["evaluate", "whole/float32"], lambda d: d["models"]["whole/float32"]["perplexity"] > 1),
         (["generate", "whole/float32", "--prompt", "It", "--max-new-tokens", "5"], lambda d: d["text"].startswith("It") and d["new_tokens"] == 5),
+        (["generate", "whole/float32", "--prompt", "It", "--max-new-tokens", "5", "--stream"], lambda d: d["text"].startswith("It") and len(d["text"]) > 2),
         (["inspect", "whole/models/INT4"], lambda d: "INT4" in d["scheme"]),
         (["verify", "whole/models/INT4"], lambda d: [r["ok"] for r in d] == [True]),
         (demo("whole"), lambda d: d["models"]["INT4"]["sample"] and d["out"] == "whole"),
