@@ -2,3 +2,10 @@
 if (location.protocol === "file:") {
   DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
 }
+
+// Sphinx looks for the anchor of a Python name as it stands, and a dot in it would begin a class.
+document.addEventListener("DOMContentLoaded", () => {
+  if (typeof Search === "undefined") return;
+  const htmlToText = Search.htmlToText;
+  Search.htmlToText = (html, anchor) => htmlToText(html, anchor && "#" + CSS.escape(anchor.slice(1)));
+});
