@@ -178,3 +178,13 @@ def test_nothing_is_imported_that_is_not_asked_for():
 def test_the_project_comes_from_the_environment(monkeypatch, service):
     monkeypatch.setenv("WANDB_PROJECT", "from-there")
     assert WandbLogger().project == "from-there" and WandbLogger("given").project == "given" and TrackioLogger().project == "qtlm"
+
+
+def test_a_configuration_asks_for_loggers(tmp_path, service):
+    asked = trainer(tmp_path, report_to=["trackio", "wandb"], max_steps=4)
+    assert [type(callback) for callback in asked.callbacks] == [TrackioLogger, WandbLogger]
+    asked.train()
+    trainer(tmp_path, report_to=["trackio", "wandb"]).train(resume_from_checkpoint="auto")
+    for fake in service.values():
+        [sent] = fake.runs.values()
+        assert steps_of(sent, "train/loss") == list(range(1, 9))
