@@ -72,7 +72,7 @@ def build(out: Path, work: Path) -> None:
     source, html = work / "source", work / "html"
     write_sources(source)
     # quickstart.md runs in a kernel with nobody's own settings, which does not warn that it listens on this machine only.
-    os.environ["IPYTHONDIR"] = str(work / "ipython")
+    os.environ |= {"IPYTHONDIR": str(work / "ipython"), "JUPYTER_PREFER_ENV_PATH": "1"}
     put(work / "ipython" / "profile_default" / "ipython_kernel_config.json", '{"IPKernelApp": {"log_level": 40}}')
     options = ["-b", "html", "-W", "--keep-going", "-q", "-j", "auto", "-c", str(PAGES.parent), "-d", str(work / "doctrees")]
     if status := sphinx_build([*options, str(source), str(html)]):

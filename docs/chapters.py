@@ -56,6 +56,13 @@ def _document(module: str, cell) -> None:
         cell.source = None  # defined in an exported cell, but not in __all__
 
 
+def _mark(chapter: Chapter, cell) -> None:
+    "Say below the title which chapter this is, and of what it is the source."
+    if cell.cell_type == "markdown":
+        mark = f"# {chapter.title}\n\n:::{{div}} mark\nChapter {chapter.number}, the source of `qtlm.{chapter.module}`\n:::\n"
+        cell.source = re.sub(rf"\A# {re.escape(chapter.title)}\n", lambda _: mark, cell.source)
+
+
 def _relink(cell) -> None:
     "Let links to the index notebook, which is the repository's README, lead to the front page."
     if cell.cell_type == "markdown":
@@ -76,9 +83,9 @@ def _tags(cell) -> None:
 def process(chapter: Chapter) -> str:
     "Return the notebook as the site shows it, as JSON."
     nb = read_nb(chapter.path)
-    document = functools.partial(_document, chapter.module)
+    document, mark = functools.partial(_document, chapter.module), functools.partial(_mark, chapter)
     steps = [nbdev.populate_language, nbdev.add_show_docs, nbdev.strip_ansi, nbdev.hide_line, nbdev.filter_stream_, nbdev.rm_header_dash, document,
-             nbdev.rm_export, nbdev.hide_, nbdev.mv_exports, nbdev.strip_hidden_metadata, _relink, _tags]  # fmt: skip
+             nbdev.rm_export, nbdev.hide_, nbdev.mv_exports, nbdev.strip_hidden_metadata, mark, _relink, _tags]  # fmt: skip
     NBProcessor(nb=nb, procs=steps, rm_directives="quarto").process()
     nb.metadata["language_info"] = {"name": "python", "pygments_lexer": "python"}
     return nb2str(nb)

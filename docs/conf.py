@@ -22,7 +22,7 @@ myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "fieldlist"]
 myst_dmath_allow_digits = False  # "$5 and $6" is no formula
 myst_heading_anchors = 3
 
-python_maximum_signature_line_length = 48
+python_maximum_signature_line_length = 60
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 html_theme = "furo"

@@ -10,19 +10,25 @@ from sphinx.application import Sphinx
 CHAPTER = re.compile(r"\b([Cc]hapters? )(\d\d[a-z]?)\b")
 
 
+def _reference(full: str) -> addnodes.pending_xref:
+    "Return a reference to a public name by its dotted name, or to a page by its path from the root."
+    kind = {"refdomain": "std", "reftype": "doc"} if full.startswith("/") else {"refdomain": "py", "reftype": "obj"}
+    return addnodes.pending_xref("", reftarget=full, refexplicit=True, refwarn=True, **kind)
+
+
 def _link_name(literal: nodes.literal, full: str) -> None:
-    "Put a reference to the object `full` around a name in backticks."
-    link = addnodes.pending_xref("", refdomain="py", reftype="obj", reftarget=full, refexplicit=True, refwarn=True)
+    "Put a reference around a name in backticks."
+    link = _reference(full)
     literal.replace_self(link)
     link += literal
 
 
-def _link_chapters(text: nodes.Text, docname: str, pages: dict[str, str]) -> None:
-    "Turn each `chapter 04b` in a text into a link, where there is such a chapter and it is another one."
+def _link_chapters(text: nodes.Text, pages: dict[str, str]) -> None:
+    "Turn each `chapter 04b` in a text into a link, where there is such a chapter."
     new, end = [], 0
     for match in CHAPTER.finditer(text):
-        if pages.get(match[2], docname) != docname:
-            link = addnodes.pending_xref("", refdomain="std", reftype="doc", reftarget="/" + pages[match[2]], refexplicit=True, refwarn=True)
+        if match[2] in pages:
+            link = _reference(pages[match[2]])
             link += nodes.inline("", match[0])
             new += [nodes.Text(text[end : match.start()]), link]
             end = match.end()
@@ -40,14 +46,16 @@ def _in_link_or_title(node: nodes.Node) -> bool:
 
 def _link(app: Sphinx, doctree: nodes.document) -> None:
     "Link the names and chapters that a page mentions."
-    names, pages = api.link_targets(), {chapter.number: chapter.page for chapter in chapters.chapters()}
+    found = [chapter for chapter in chapters.chapters() if chapter.page != app.env.docname]
+    names = api.link_targets() | {f"qtlm.{chapter.module}": f"/{chapter.page}" for chapter in found}
+    pages = {chapter.number: f"/{chapter.page}" for chapter in found}
     for literal in list(doctree.findall(nodes.literal)):
         full = names.get(re.sub(r"\((\.\.\.|…)?\)$", "", literal.astext()))
         if full and not _in_link_or_title(literal):
             _link_name(literal, full)
     for text in list(doctree.findall(nodes.Text)):
         if not isinstance(text.parent, (nodes.literal, nodes.literal_block)) and not _in_link_or_title(text):
-            _link_chapters(text, app.env.docname, pages)
+            _link_chapters(text, pages)
 
 
 def setup(app: Sphinx) -> dict:
