@@ -41,6 +41,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'qtlm.adapt._is_run': ('adapt.html#_is_run', 'qtlm/adapt.py'),
                             'qtlm.adapt._names': ('adapt.html#_names', 'qtlm/adapt.py'),
                             'qtlm.adapt._read_images': ('adapt.html#_read_images', 'qtlm/adapt.py'),
+                            'qtlm.adapt._resolved': ('adapt.html#_resolved', 'qtlm/adapt.py'),
                             'qtlm.adapt._sorted_settings': ('adapt.html#_sorted_settings', 'qtlm/adapt.py'),
                             'qtlm.adapt._trainer_for': ('adapt.html#_trainer_for', 'qtlm/adapt.py'),
                             'qtlm.adapt._warn_of_random': ('adapt.html#_warn_of_random', 'qtlm/adapt.py'),

@@ -31,7 +31,7 @@ def _wide_tables(cos: Tensor, sin: Tensor, turned: int, still: int) -> tuple[Ten
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     "Turn heads `[B, T, heads, head_dim]` by wide tables, as `apply_rope` does."
     x = x.unflatten(-1, (2, -1))
-    return torch.addcmul(x * cos, x.roll(1, -2), sin).flatten(-2)
+    return torch.addcmul(x * cos, x.flip(-2), sin).flatten(-2)
 
 # %% ../nbs/09b_cache.ipynb #fuse
 _SMALL = 2**22  # numbers in a matrix that is read faster than a few calls are made
@@ -250,7 +250,9 @@ class KVCache:
             at = slice(start, start + new)
             cos, sin = (table[at] for table in self._tables)
         last = None if lengths is None else torch.tensor(lengths, device=device) - 1
-        read = self._single if self._single and isinstance(at, Tensor) else _read
+        read = _read
+        if self._single and isinstance(at, Tensor):
+            read, ids = self._single, ids.clone(memory_format=torch.contiguous_format)  # of any other stride it would be another program
         logits = read(self._plan, self._stores, ids, cos, sin, at, _mask(at, device, self.max_length), last)
         self.lengths = [n + m for n, m in zip(self.lengths, lengths or [new] * self.batch_size)]
         return logits
