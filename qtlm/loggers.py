@@ -7,7 +7,6 @@ __all__ = ['LoggerError', 'TensorBoardLogger', 'TrackioLogger', 'WandbLogger', '
 
 # %% ../nbs/08d_loggers.ipynb #imports
 import contextlib
-import importlib
 import importlib.util
 import itertools
 import json
@@ -145,7 +144,7 @@ class _RunLogger(_Logger):
         if trainer.step == 0 or self.run_id is None or noted.get("run") != self.run_id:
             self.run_id, noted = secrets.token_hex(4), {}
         trainer.run_dir.mkdir(parents=True, exist_ok=True)
-        run = self._init(importlib.import_module(self._package), trainer)
+        run = self._init(trainer)
         sent = noted.get("step", 0), noted.get("evaluated", False)
         _write_cursor(self._note, self.run_id, sent)
         return run, sent
@@ -168,18 +167,22 @@ class TrackioLogger(_RunLogger):
     "Send the numbers of a run to trackio; a resumed run continues its curves."
     _package = "trackio"
 
-    def _init(self, package: Any, trainer: Any) -> Any:
+    def _init(self, trainer: Any) -> Any:
+        import trackio
+
         name = f"{trainer.config.run_name}-{self.run_id}"
-        return package.init(project=self.project, name=name, config=trainer.config.to_dict(), resume="allow")
+        return trackio.init(project=self.project, name=name, config=trainer.config.to_dict(), resume="allow")
 
 # %% ../nbs/08d_loggers.ipynb #wandb
 class WandbLogger(_RunLogger):
     "Send the numbers of a run to Weights & Biases; a resumed run continues its curves."
     _package = "wandb"
 
-    def _init(self, package: Any, trainer: Any) -> Any:
+    def _init(self, trainer: Any) -> Any:
+        import wandb
+
         names = {"project": self.project, "name": trainer.config.run_name, "id": self.run_id}
-        return package.init(**names, config=trainer.config.to_dict(), resume="allow", dir=str(trainer.run_dir))
+        return wandb.init(**names, config=trainer.config.to_dict(), resume="allow", dir=str(trainer.run_dir))
 
 # %% ../nbs/08d_loggers.ipynb #make-loggers
 def make_loggers(
