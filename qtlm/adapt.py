@@ -92,6 +92,14 @@ def _read_images(data: ImagesConfig, shape: ViTConfig) -> tuple[Images, Images]:
         parts = image_folder(data.images, shape.image_size, shape.num_channels).split(data.test_fraction)
     return tuple(part.only(data.classes) if data.classes else part for part in parts)
 
+# %% ../nbs/11a_adapt.ipynb #resolved
+def _resolved(config: ViTConfig, model: nn.Module) -> ViTConfig:
+    "Return the configuration with the backend of the adapters that the model has."
+    if not (config.lora and config.lora.enabled):
+        return config
+    by_peft = any(type(m).__module__.startswith("peft.") for m in model.modules())
+    return config.replace(lora=config.lora.replace(backend="peft" if by_peft else "manual"))
+
 # %% ../nbs/11a_adapt.ipynb #description
 def _description(config: ViTConfig, data: ImagesConfig, classes: Sequence[str], seed: int) -> dict:
     "Return what a checkpoint says of the model and of its classes."
@@ -174,8 +182,9 @@ def _trainer_for(config: ViTConfig, data: ImagesConfig, training: TrainingConfig
     train, test = _read_images(data, config)
     config = _with_labels(config, train.classes)
     model = _built(config, data.backbone_folder, train.classes, training.seed)
+    about = _description(_resolved(config, model), data, train.classes, training.seed)
     batches = train.batches(training.batch_size * training.gradient_accumulation_steps, training.seed)
-    return Trainer(model, training, train_data=batches, eval_data=test, vocab=_description(config, data, train.classes, training.seed)), test
+    return Trainer(model, training, train_data=batches, eval_data=test, vocab=about), test
 
 # %% ../nbs/11a_adapt.ipynb #adapted
 @dataclass(frozen=True, eq=False)
@@ -200,7 +209,7 @@ class Adapted:
 def adapt_vit(
     config: ViTConfig | str | os.PathLike,  # a file of YAML or JSON, or the configuration itself
     *settings: str,  # `name=value`: fields of `ImagesConfig`, `TrainingConfig` and `ViTConfig`, such as `images=photos`, `max_steps=200`, `lora.r=16`
-    resume: bool = False,  # go on from the newest checkpoint of this run
+    resume: bool | str = False,  # True: go on from the newest checkpoint of this run; "auto": if there is one
 ) -> Adapted:  # the trainer, and the accuracy on the pictures that were kept back
     "Build a ViT, quantized and with adapters where the configuration has these sections, train it on pictures, and measure it. Raises `ConfigError`, `DataError` or `CheckpointError`."
     pairs = _sorted_settings(settings)
@@ -210,7 +219,7 @@ def adapt_vit(
         training = training.replace(output_dir="checkpoints")
     _warn_of_random(vit, data.backbone_folder)
     trainer, test = _trainer_for(vit, data, training)
-    if resume:
+    if resume is True or resume and latest_checkpoint(trainer.run_dir):
         _check_same_run(trainer)
     trainer.train(resume_from_checkpoint=resume or None)
     return Adapted(trainer, accuracy(trainer.model, test.images, test.labels), len(test.labels), test.classes)

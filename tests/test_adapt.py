@@ -16,7 +16,7 @@ from qtlm.data import DataError
 from qtlm.history import Callback
 from qtlm.images import digits
 from qtlm.lora import LoRALinear, get_nb_trainable_parameters
-from qtlm.storage import CheckpointMismatchError
+from qtlm.storage import CheckpointMismatchError, CheckpointNotFoundError
 from qtlm.trainer import Trainer
 from qtlm.vit import ViT, accuracy
 
@@ -130,6 +130,23 @@ def test_resume_compares(base, tmp_path):
         adapt_vit(config, *settings, "test_fraction=0.5", "max_steps=9", resume=True)
     longer = adapt_vit(config, *settings, "max_steps=6", resume=True)
     assert longer.trainer.step == 6 and len(longer.trainer.history.losses) == 6
+    fresh = adapt_vit(config, *settings, "run_name=fresh", "max_steps=1", resume="auto")
+    assert fresh.trainer.step == 1
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        adapt_vit(config, *settings, "run_name=none", resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_who_made_the_adapters_is_written_down(base, tmp_path):
+    "`auto` means one library here and another there; the run says which it was."
+    import importlib.util
+
+    config, settings = ViTConfig(lora={"r": 4}), ("classes=5,6", f"backbone_folder={base.run_dir}")
+    for quantized in (False, True):
+        found = adapt_vit(config.replace(quantization={} if quantized else None), *settings, *short(tmp_path, f"run_name=run{quantized}", "max_steps=1"))
+        expected = "peft" if importlib.util.find_spec("peft") and not quantized else "manual"
+        assert found.trainer.vocab["vit"]["lora"] == {"r": 4, "backend": expected}
+        assert same(load_vit(found.run_dir)[0], found.trainer.model)
 
 
 def test_torchs_generator_is_left_alone(tmp_path):
