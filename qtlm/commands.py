@@ -9,7 +9,7 @@ __all__ = []
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,10 @@ def _printed(path: str | None, pairs: list[str], vit: bool, schema: bool) -> _Re
         found = (ViTConfig if vit else TrainingConfig).json_schema()
         return _Result(json.dumps(found, indent=1), found)
     if vit:
-        return _described(load_config(path, *pairs, kind=ViTConfig), "vit.schema.json", f"qtlm train {path}")
+        config = load_config(path, *pairs, kind=ViTConfig)
+        told = _described(config, "vit.schema.json", f"qtlm train {path}")
+        given = "num_labels" in config.model_fields_set
+        return told if given else replace(told, text=told.text.replace("\nnum_labels: ", "\n# num_labels: "))
     config = _load_settings(path, pairs, output_dir="checkpoints")
     return _described(config.replace(model=config.model or ModelConfig(block_size=config.block_size)), "qtlm.schema.json")
 

@@ -333,6 +333,9 @@ def test_the_example_of_a_vision_transformer_trains(here):
     assert found["step"] == 3 and found["run"] == "checkpoints/vit" and found["classes"] == list("01234") and 0 <= found["accuracy"] <= 1
     more = inside(here, *arguments, "max_steps=4", "--resume")
     assert more.returncode == 0 and more.stdout.startswith("checkpoints/vit: step 4, accuracy ")
+    (here / "vit.yaml").write_text(inside(here, "train", ROOT / "examples" / "vit_qlora.yaml", "--print-config").stdout)
+    same = inside(here, "train", "vit.yaml", *arguments[2:4], "run_name=vit-printed", "max_steps=3", "--json")
+    assert json.loads(same.stdout)["loss"] == found["loss"], same.stderr
     wrong = inside(here, *arguments, "lora.rnk=3")
     assert (wrong.returncode, wrong.stdout) == (2, "") and wrong.stderr.count("\n") <= 2 and "lora" in wrong.stderr
 
