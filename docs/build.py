@@ -71,8 +71,9 @@ def build(out: Path, work: Path) -> None:
     "Build the site in `work` and put it at `out`, whole; raise `SystemExit` where Sphinx finds anything wrong."
     source, html = work / "source", work / "html"
     write_sources(source)
-    # quickstart.md runs in a kernel with nobody's own settings, which does not warn that it listens on this machine only.
-    os.environ |= {"IPYTHONDIR": str(work / "ipython"), "JUPYTER_PREFER_ENV_PATH": "1"}
+    # quickstart.md runs in a kernel with nobody's own settings, which does not warn that it listens on this machine only. One thread: the thread
+    # count changes a float sum's last bits, and two of them wait for each other on a busy machine.
+    os.environ |= {"IPYTHONDIR": str(work / "ipython"), "JUPYTER_PREFER_ENV_PATH": "1", "OMP_NUM_THREADS": "1"}
     put(work / "ipython" / "profile_default" / "ipython_kernel_config.json", '{"IPKernelApp": {"log_level": 40}}')
     options = ["-b", "html", "-W", "--keep-going", "-q", "-j", "auto", "-c", str(PAGES.parent), "-d", str(work / "doctrees")]
     if status := sphinx_build([*options, str(source), str(html)]):

@@ -13,7 +13,7 @@ extensions = ["myst_nb", "sphinx_design", "sphinx_copybutton", "sphinx.ext.mathj
 # The notebooks hold their outputs, and the tests that these are current. Only quickstart.md asks to be run.
 nb_execution_mode = "off"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 600
 nb_merge_streams = True
 nb_mime_priority_overrides = [("html", "text/markdown", 5)]  # before text/html: the theme knows how tables look
 nb_render_markdown_format = "myst"
