@@ -79,7 +79,7 @@ def build(out: Path, work: Path) -> None:
     if status := sphinx_build([*options, str(source), str(html)]):
         raise SystemExit(status)
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(html, out, ignore=shutil.ignore_patterns(".buildinfo", "objects.inv"))
+    shutil.copytree(html, out, ignore=shutil.ignore_patterns(".buildinfo", "objects.inv", "_sources"))
 
 
 def main() -> None:
