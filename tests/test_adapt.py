@@ -50,7 +50,7 @@ def test_a_file_and_settings(base, tmp_path):
     assert isinstance(found, Adapted) and found.classes == tuple("0123456789") and found.run_dir == tmp_path / "run" and found.trainer.step == 4
     test = digits()[1]
     assert found.accuracy == accuracy(found.trainer.model, test.images, test.labels) and found.tested == len(test.labels)
-    assert {m.r for m in found.trainer.model.modules() if isinstance(m, LoRALinear)} == {2} and sum(type(m) is BlockwiseLinear for m in found.trainer.model.modules()) == 18
+    assert {m.r for m in found.trainer.model.modules() if isinstance(m, LoRALinear)} == {2} and sum(type(m) is BlockwiseLinear for m in found.trainer.model.modules()) == 12
     line = found.summary()
     assert line.startswith(f"{tmp_path / 'run'}: step 4, accuracy ") and "\n" not in line and f"{get_nb_trainable_parameters(found.trainer.model).trainable:,} of" in line
     assert base.accuracy > 0.9

@@ -144,7 +144,7 @@ def test_extended_model_configuration(tmp_path):
     config = load_config(example, kind=ViTConfig)
     assert config.lora.r == 8 and config.quantization.quant_type == "nf4" and config.quantization.double_quant
     model = build_model(example)
-    assert sum(type(m) is BlockwiseLinear for m in model.modules()) == 18 and any("lora_" in name for name in trainable(model))
+    assert sum(type(m) is BlockwiseLinear for m in model.modules()) == 12 and any("lora_" in name for name in trainable(model))
     old = tmp_path / "old.yaml"
     old.write_text("".join(f"{name}: {value}\n" for name, value in SHAPE.items()))
     plain, reference = (make(generator=torch.Generator().manual_seed(5)) for make in (lambda generator: build_model(old, generator=generator), lambda generator: ViT(ViTConfig(**SHAPE), generator=generator)))
