@@ -82,7 +82,7 @@ docs-serve: docs
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs $(PORT)
 
 lab: .venv/.lab
-	@$(BIN)/jupyter lab nbs
+	@$(BIN)/jupyter lab nbs $(ARGS)
 
 bench: .venv/.dev
 	@for b in training inference accuracy; do $(BIN)/python benchmarks/$$b.py || exit 1; done
