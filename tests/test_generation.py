@@ -365,8 +365,8 @@ HOW = [{"temperature": 0}, {"seed": 1}, {"seed": 2, "temperature": 0.7, "top_k":
 @pytest.mark.parametrize("stride", [1, 3, 8])
 def test_a_cache_changes_no_token(models, kind, how, stride):
     "Below, at and beyond block_size, greedy and by chance."
-    for length in (1, 8, 20):
-        cached, anew = (generate(models[kind], ids(3, length), 20, stride=stride, cache=cache, **how) for cache in (True, False))
+    for length in (2, 9):
+        cached, anew = (generate(models[kind], ids(3, length), 12, stride=stride, cache=cache, **how) for cache in (True, False))
         assert torch.equal(cached, anew)
 
 
@@ -390,15 +390,14 @@ def test_a_cache_saves_reading(model):
     assert read == [3, 1, 1, 1, 1] + [3, 4, 5, 6, 7] + [3, 1, 1, 1, 1, 1, 5, 1, 1]
 
 
-@pytest.mark.parametrize("kind", ["float", "INT8", "INT4"])
+@pytest.mark.parametrize("kind, cache", [("float", True), ("float", False), ("INT8", True), ("INT4", True)])
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("cache", [True, False])
 def test_a_list_of_prompts_is_each_prompt_alone(models, kind, how, cache):
     "Lengths below and beyond the window; each ends at its own stop."
-    prompts = [ids(n, seed=n).tolist() for n in (2, 11, 1, 2, 8)]
-    for more in ({}, {"stop_tokens": [3, 7, 11, 30]}, {"stride": 5}):
-        texts = generate(models[kind], prompts, 15, cache=cache, **how, **more)
-        alone = [generate(models[kind], prompt, 15, cache=cache, **how, **more) for prompt in prompts]
+    prompts = [ids(n, seed=n).tolist() for n in (2, 11, 2, 8)]
+    for more in ({}, {"stop_tokens": [3, 7, 11, 30], "stride": 5}):
+        texts = generate(models[kind], prompts, 10, cache=cache, **how, **more)
+        alone = [generate(models[kind], prompt, 10, cache=cache, **how, **more) for prompt in prompts]
         assert all(torch.equal(a, b) for a, b in zip(texts, alone, strict=True))
 
 
@@ -461,7 +460,7 @@ def test_changed_models_write_what_they_would_without_a_cache(model, make):
         mlp = changed.model.layers[0].mlp
         mlp.forward = lambda x, old=mlp.forward: old(x) * 3
     if make == "lora":
-        changed = apply_lora(changed, r=2, target_modules=["q_proj", "v_proj", "up_proj"])
+        changed = apply_lora(changed, r=2, backend="manual", target_modules=["q_proj", "v_proj", "up_proj"])
         for name, p in changed.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(p)
