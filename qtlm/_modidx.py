@@ -996,6 +996,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'qtlm.parallel._hollow': ('parallel.html#_hollow', 'qtlm/parallel.py'),
                                'qtlm.parallel._in_touch': ('parallel.html#_in_touch', 'qtlm/parallel.py'),
                                'qtlm.parallel._inner': ('parallel.html#_inner', 'qtlm/parallel.py'),
+                               'qtlm.parallel._meet': ('parallel.html#_meet', 'qtlm/parallel.py'),
                                'qtlm.parallel._moments': ('parallel.html#_moments', 'qtlm/parallel.py'),
                                'qtlm.parallel._quiet': ('parallel.html#_quiet', 'qtlm/parallel.py'),
                                'qtlm.parallel._reduce': ('parallel.html#_reduce', 'qtlm/parallel.py'),

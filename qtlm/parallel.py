@@ -78,10 +78,20 @@ def _reduce(number: float, operation: Any) -> float:
     dist.all_reduce(numbers, operation)
     return numbers.item()
 
-# %% ../nbs/06b_parallel.ipynb #join-world
+# %% ../nbs/06b_parallel.ipynb #meet
 _PATIENCE = timedelta(minutes=10)
 
 
+def _meet(backend: str, attempt: int) -> None:
+    "Connect to the other processes."
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=size, timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        found = str(error).splitlines()[0][:120]
+        raise ParallelError(f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: the others cannot be met ({found}); expected all. Start them with torchrun.") from None
+
+# %% ../nbs/06b_parallel.ipynb #join-world
 def join_world(
     device: str = "auto",  # as in `TrainingConfig`; with "cpu" no GPU is asked for
 ) -> World:  # of one process where torchrun started no others
@@ -89,13 +99,11 @@ def join_world(
     asked = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and int(os.environ["WORLD_SIZE"]) > 1
     if not dist.is_available() or not (asked or dist.is_initialized()):
         return World()
-    if not dist.is_initialized():
-        try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
-        except (RuntimeError, ValueError) as error:
-            found = str(error).splitlines()[0][:120]
-            raise ParallelError(f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: the others cannot be met ({found}); expected all. Start them with torchrun.") from None
     local, restarts = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"))
+    if not dist.is_initialized():
+        _meet("cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo", restarts)
+    if device != "cpu" and local < torch.cuda.device_count():
+        torch.cuda.set_device(local)
     return World(dist.get_rank(), dist.get_world_size(), local, restarts)
 
 # %% ../nbs/06b_parallel.ipynb #lost
@@ -112,7 +120,18 @@ def _in_touch(world: World) -> Iterator[None]:
             raise
         waited = "silent for too long" if "imed out" in str(error) else "gone"
         hint = "Resume from the newest checkpoint; torchrun --max-restarts does it by itself."
-        raise ParallelError(f"process {world.rank} of {world.size}: another process is {waited}; expected all {world.size}. {hint}") from error
+        raise ParallelError(f"process {world.rank} of {world.size}: another process is {waited}; expected all {world.size}. {hint}") from None
+
+# %% ../nbs/06b_parallel.ipynb #quiet
+@contextlib.contextmanager
+def _quiet(world: World) -> Iterator[None]:
+    "Show warnings in the block on the first process only."
+    if world.main:
+        yield
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
 
 # %% ../nbs/06b_parallel.ipynb #check-parallel
 def check_parallel(

@@ -31,7 +31,7 @@ from .loggers import make_loggers
 from .loss import bits_per_byte
 from .modes import check_trainable, make_trainable_, set_phase_
 from .optim import configure_optimizer
-from .parallel import ParallelError, World, _gather, _hollow, _in_touch, _same_model_, _scatter_, check_parallel, distribute, join_world
+from .parallel import ParallelError, World, _gather, _hollow, _in_touch, _quiet, _same_model_, _scatter_, check_parallel, distribute, join_world
 from .qat import convert_qat
 from .step import _put_back_, _remember_buffers, _share, _spread, accumulate_gradients, clip_gradients_, learning_rate_factor, micro_batches, split_rows
 
@@ -372,20 +372,20 @@ def _finish(trainer: "Trainer", kept: bool, signals: Signals, error: BaseExcepti
 # %% ../nbs/09_trainer.ipynb #train
 def _train(trainer: "Trainer", resume: bool | str | os.PathLike | None) -> History:
     "Run the loop between its beginning and its end."
-    batches, error = _prepare(trainer), None
-    kept = trainer.config.output_dir is not None or trainer.config.save_steps is not None
+    kept, error = trainer.config.output_dir is not None or trainer.config.save_steps is not None, None
     trainer._progress = [Progress()] if trainer.config.progress and trainer.world.main else []
-    with Signals() as signals:
-        _begin(trainer, resume, kept)
-        try:
-            _tell(trainer, "on_train_begin")
-            with _in_touch(trainer.world):
+    with _in_touch(trainer.world), _quiet(trainer.world):
+        batches = _prepare(trainer)
+        with Signals() as signals:
+            _begin(trainer, resume, kept)
+            try:
+                _tell(trainer, "on_train_begin")
                 _loop(trainer, batches, signals)
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            _finish(trainer, kept, signals, error)
+            except BaseException as caught:
+                error = caught
+                raise
+            finally:
+                _finish(trainer, kept, signals, error)
     if signals.received:
         signals.leave()
     return trainer.history
