@@ -163,11 +163,11 @@ class _Run:
         "Return which tokens each text has; None where nobody asks."
         if self.dials.repetition_penalty == 1:
             return None
-        if self.seen is None:
-            self.seen = torch.zeros_like(logits, dtype=torch.bool)
+        if self.seen is None:  # as wide as the largest id needs: some models can look up more than they can write
+            self.seen = torch.zeros(len(logits), max(logits.shape[1], *(int(g.ids.max()) + 1 for g in self.groups)), dtype=torch.bool, device=logits.device)
         for group in self.groups:
             self.seen[group.rows[:, None], group.ids] = True
-        return self.seen
+        return self.seen[:, : logits.shape[1]]
 
     def step(self) -> list[int] | None:
         "Write one token to each text and return them; None when all texts have ended."

@@ -542,6 +542,12 @@ def test_repetition_penalty_is_transformers_s():
     assert not torch.equal(reference, generate(theirs, ids(2, 4), 8, temperature=0))
 
 
+def test_repetition_penalty_where_more_can_be_read_than_written():
+    "An embedding with more rows than the head has."
+    model = nn.Sequential(nn.Embedding(VOCAB + 14, 16), nn.Linear(16, VOCAB))
+    assert generate(model, [VOCAB + 13, 2], 5, seed=0, repetition_penalty=1.5).shape == (7,)
+
+
 # ---- ends and streams ----
 
 @pytest.fixture(scope="module")
