@@ -254,6 +254,19 @@ def kept_for_backward(module, x):
     return sum(size for pointer, size in kept.items() if pointer not in known)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"compute_dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_only_buffers_are_kept_for_backward(scheme, options, autocast):
+    "Neither input nor float weight nor anything made of them: from forward to backward autograd holds the layer's own buffers."
+    layer, kept = make_layer(scheme, **options)[0], []
+    x = torch.randn(5, 96, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    y.float().sum().backward()
+    assert x.grad.abs().sum() > 0 and set(kept) == {t.data_ptr() for t in layer.buffers()}
+
+
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler"))]
 
 
