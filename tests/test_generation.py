@@ -446,7 +446,7 @@ def test_a_shorter_cache_is_a_shorter_window(model):
     assert torch.equal(generate(model, ids(4), 20, seed=1, cache=KVCache(model, max_length=5)), generate(model, ids(4), 20, seed=1, block_size=5))
 
 
-@pytest.mark.parametrize("make", ["hook", "forward", "lora", "qat", "static", "subclass"])
+@pytest.mark.parametrize("make", ["hook", "layer hook", "forward", "lora", "qat", "static", "subclass"])
 def test_changed_models_write_what_they_would_without_a_cache(model, make):
     import copy
 
@@ -456,6 +456,8 @@ def test_changed_models_write_what_they_would_without_a_cache(model, make):
     changed = copy.deepcopy(model).eval()
     if make == "hook":
         changed.model.layers[1].self_attn.register_forward_hook(lambda module, args, out: out * 2)
+    if make == "layer hook":
+        changed.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, out: -out)
     if make == "forward":
         mlp = changed.model.layers[0].mlp
         mlp.forward = lambda x, old=mlp.forward: old(x) * 3
