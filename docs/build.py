@@ -18,7 +18,7 @@ from sphinx.cmd.build import main as sphinx_build
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = Path(__file__).resolve().parent / "pages"
 # The parts of the book, each from its first chapter on.
-PARTS = {"00": "A model and its text", "04": "Making it small", "05b": "Training while it is small", "07a": "Runs that survive", "10": "Using and adapting"}
+PARTS = {"00": "A model and its text", "04": "Making it small", "05b": "Training while it is small", "07a": "Runs that survive", "09b": "Using and adapting"}
 
 
 def put(path: Path, text: str) -> None:

@@ -118,6 +118,9 @@ COLUMNS = [
 ]
 
 
+TITLES = {"qat": "Quantization-aware training", "finetune": "Fine-tuning"}
+
+
 def rows_table(rows: dict[str, dict]) -> str:
     "Return named rows as a table with the columns that they have; empty where there are none."
     columns = [(title, keys, write) for title, keys, write in COLUMNS if any(row.keys() >= set(keys) for row in rows.values())]
@@ -151,14 +154,21 @@ def _purpose(name: str) -> str:
     return " ".join(text.partition("\n\n")[0].split())
 
 
+def _label(data: dict, path: tuple[str, ...]) -> str:
+    "Say in words where a table stands in a result: models by their size, numbers as seeds."
+    sizes = {key: f"{value['parameters'] / 1e6:.0f} M parameters" for key, value in data.items() if isinstance(value, dict) and "parameters" in value}
+    return ", ".join(f"seed {part}" if part.isdigit() else sizes.get(part, part) for part in path)
+
+
 def benchmark(name: str) -> str:
     "Return a section on one result: what was measured, where, and all its tables."
     data = results(name)
-    parts = [f"## {name}", _purpose(name), f"`python benchmarks/{name}.py`" + (f" on: {machine(data)}." if "machine" in data else ".")]
+    parts = [f"## {TITLES.get(name, name.capitalize())}", _purpose(name), f"`python benchmarks/{name}.py`" + (f" on: {machine(data)}." if "machine" in data else ".")]
     for path, text in _tables(data):
         if path[-2:-1] == ("seeds",):
             continue  # the means stand for them
-        parts += [f":::{{dropdown}} {', '.join(path)}\n:open:\n{text}\n:::"]
+        is_open = ":open:\n" if text.count("\n") < 40 else ""
+        parts += [f":::{{dropdown}} {_label(data, path)}\n{is_open}\n{text}\n:::"]
     return "\n\n".join(parts)
 
 
