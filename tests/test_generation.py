@@ -609,3 +609,22 @@ def test_a_stream_leaves_the_model_as_it_was_between_tokens(bytes_model):
         with pytest.raises(ModelInputError, match=told) as caught:  # at once, not at the first token
             stream_generate(**{"model": bytes_model, "prompt": [1], "max_new_tokens": 2} | wrong)
         assert "\n" not in str(caught.value)
+
+
+def test_a_stream_ends_with_half_a_character():
+    "What no byte will complete any more comes out as U+FFFD, as in the decoded text."
+    class Recites(nn.Module):
+        def forward(self, x):
+            script = torch.tensor(list("a\u20ac\u20ac".encode()))
+            return nn.functional.one_hot(script[1 : x.shape[1] + 1], 256).float().expand(len(x), -1, -1)
+
+    for n, text in ((3, ["\u20ac"]), (5, ["\u20ac", "\ufffd"]), (2, ["\ufffd"]), (6, ["\u20ac", "\u20ac"]), (0, [])):
+        assert list(stream_generate(Recites(), "a", n, temperature=0, vocab=ByteVocab())) == text
+        assert ByteVocab().decode(generate(Recites(), "a", n, temperature=0, vocab=ByteVocab())[1:]) == "".join(text)
+
+
+def test_a_stream_draws_without_dropout(model):
+    model.train()
+    for cache in (True, False):
+        assert list(stream_generate(model, ids(3), 12, seed=4, cache=cache)) == generate(model, ids(3), 12, seed=4, cache=cache)[3:].tolist()
+    assert model.training
