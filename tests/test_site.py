@@ -54,7 +54,7 @@ class Visit:
     requests: set = field(default_factory=set)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site(tmp_path_factory):
     "The folder of the site, built by the command that `make docs` gives."
     folder = tmp_path_factory.mktemp("site")
@@ -64,7 +64,7 @@ def site(tmp_path_factory):
     return folder / "out"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pages(site):
     "All pages, as paths relative to the site."
     found = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html"))
@@ -72,7 +72,7 @@ def pages(site):
     return found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
     "A headless Chromium."
     api = pytest.importorskip("playwright.sync_api", reason="no browser test: playwright is missing, pip install -e '.[dev]'")
@@ -92,7 +92,7 @@ def watch(page, visit):
     page.on("request", lambda request: visit().requests.add(request.url))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def visits(site, pages, browser):
     "Every page, opened from the disk on a wide screen and then narrowed to a phone's."
     seen, page = {}, browser.new_page(viewport={"width": DESKTOP, "height": 900})
