@@ -79,14 +79,27 @@ _HOME = {
     "MergeReport": "adapters",
     "build_model": "lora_vit",
     "quantize_backbone": "lora_vit",
+    "KVCache": "cache",
+    "stream_generate": "generation",
+    "LoggerError": "loggers",
+    "TensorBoardLogger": "loggers",
+    "TrackioLogger": "loggers",
+    "WandbLogger": "loggers",
+    "adapt_vit": "adapt",
+    "Adapted": "adapt",
+    "ParallelError": "parallel",
+    "load_vit": "adapt",
+    "is_vit_config": "adapt",
+    "make_loggers": "loggers",
     "Comparison": "evaluation",
     "compare": "evaluation",
     "evaluate": "evaluation",
 }
 _MODULES = (
-    "account", "adapters", "base", "batches", "blockwise", "budget", "calibration", "checkpoint", "cli", "config", "data", "demo", "evaluation",
-    "finetuning", "generation", "history", "images", "inspection", "kernels", "layers", "lora", "lora_vit", "loss", "model", "modes", "observers",
-    "optim", "plan", "qat", "quantization", "resume", "rounding", "step", "storage", "straight_through", "trainer", "vit",
+    "account", "adapt", "adapters", "base", "batches", "blockwise", "budget", "cache", "calibration", "checkpoint", "cli", "commands",
+    "config", "data", "demo", "evaluation", "finetuning", "generation", "history", "images", "inspection", "kernels", "layers", "loggers",
+    "lora", "lora_vit", "loss", "model", "modes", "observers", "optim", "parallel", "plan", "qat", "quantization", "resume", "rounding",
+    "sampling", "step", "storage", "straight_through", "trainer", "vit", "window",
 )  # fmt: skip
 __all__ = sorted(_HOME)
 
@@ -109,6 +122,10 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .account import QuantizationInfo as QuantizationInfo
     from .account import QuantizationReport as QuantizationReport
     from .account import get_quantization_info as get_quantization_info
+    from .adapt import Adapted as Adapted
+    from .adapt import adapt_vit as adapt_vit
+    from .adapt import is_vit_config as is_vit_config
+    from .adapt import load_vit as load_vit
     from .adapters import MergeReport as MergeReport
     from .adapters import load_adapter as load_adapter
     from .adapters import merge_lora as merge_lora
@@ -119,6 +136,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .budget import Sensitivity as Sensitivity
     from .budget import mixed_precision as mixed_precision
     from .budget import sensitivity as sensitivity
+    from .cache import KVCache as KVCache
     from .calibration import Calibration as Calibration
     from .calibration import calibrate as calibrate
     from .checkpoint import Checkpoint as Checkpoint
@@ -147,6 +165,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .evaluation import compare as compare
     from .evaluation import evaluate as evaluate
     from .generation import generate as generate
+    from .generation import stream_generate as stream_generate
     from .history import Callback as Callback
     from .history import History as History
     from .images import digits as digits
@@ -156,6 +175,11 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .layers import QuantEmbedding as QuantEmbedding
     from .layers import QuantLinear as QuantLinear
     from .layers import QuantizationError as QuantizationError
+    from .loggers import LoggerError as LoggerError
+    from .loggers import TensorBoardLogger as TensorBoardLogger
+    from .loggers import TrackioLogger as TrackioLogger
+    from .loggers import WandbLogger as WandbLogger
+    from .loggers import make_loggers as make_loggers
     from .lora import LoRAError as LoRAError
     from .lora import LoRALinear as LoRALinear
     from .lora import apply_lora as apply_lora
@@ -171,6 +195,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .model import TinyLM as TinyLM
     from .optim import QuantizedAdamW as QuantizedAdamW
     from .optim import configure_optimizer as configure_optimizer
+    from .parallel import ParallelError as ParallelError
     from .qat import convert_qat as convert_qat
     from .qat import fake_quantize as fake_quantize
     from .qat import prepare_qat as prepare_qat

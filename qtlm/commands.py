@@ -91,7 +91,7 @@ def _train_vit(path: str, pairs: list[str], resume: bool | str | None) -> _Resul
     from qtlm.adapt import adapt_vit
     from qtlm.checkpoint import latest_checkpoint
 
-    found = adapt_vit(path, *pairs, resume=bool(resume))
+    found = adapt_vit(path, *pairs, resume=resume or False)
     data = {"run": str(found.run_dir), "checkpoint": str(latest_checkpoint(found.run_dir)), "step": found.trainer.step}
     data |= {"loss": found.trainer.history.losses[-1], "accuracy": found.accuracy, "tested": found.tested, "classes": list(found.classes)}
     return _Result(found.summary(), data)

@@ -55,6 +55,8 @@ def _rows(checkpoint: Checkpoint) -> list[dict]:
 def _kind(layer: dict) -> str:
     "Say how a layer is quantized."
     size = layer.get("group_size")
+    if "quant_type" in layer:
+        return f"{layer['quant_type'].upper()}, blocks of {size}"
     groups = f", {'a scale a row' if size == -1 else f'groups of {size}'}" if size else ""
     return f"INT{layer.get('bits')}{groups}, {'dynamic' if layer.get('symmetric') is None else 'static'}"
 
