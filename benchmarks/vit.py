@@ -9,7 +9,7 @@ with AdamW. QLoRA is NF4 in blocks of 64 with double quantization under adapters
 
 Memory, in a fresh process for each way. Backbone: all bytes that are not trained, as a share of full fine-tuning's float32 weights. Peak: weights, gradients and optimizer state between two
 steps, and the most that tensors take beside them during a step, from torch's profiler. Resident: the same as the system sees it, VmHWM of Linux during a step above what the process had after
-a step of a tiny model; `resident_default` with glibc as it comes, which leaves holes between pieces of different sizes, and `resident` where pieces of 1 MiB and more are mapped each for itself.
+a step of a tiny model; with MALLOC_MMAP_THRESHOLD_ at 1 MiB, since glibc otherwise leaves holes between tensors that live long and tensors that don't (without it: --holes).
 Time: in turn, in one process; the processor's time of all threads is given too, since wall time on a shared machine is also other people's.
 """
 
@@ -19,6 +19,7 @@ import gc
 import json
 import logging
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -98,9 +99,7 @@ def memory(way: str, dtype: str, images: int, queue) -> None:
     data, trainer = batch(BASE, images), trainer_of(way, dtype)
     step = lambda: trainer.training_step(data)
     step()  # makes the optimizer's state
-    default = most_resident(step) - before
-    ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
-    mapped = most_resident(step) - before
+    held = most_resident(step) - before
     weights, stepped = weights_of(trainer.model), [p for group in trainer.optimizer.param_groups for p in group["params"]]
     trained = {p.data_ptr() for p in stepped}
     lasting = [*weights, *(p.grad for p in stepped), *(value for state in trainer.optimizer.state.values() for value in state.values())]
@@ -110,8 +109,7 @@ def memory(way: str, dtype: str, images: int, queue) -> None:
         "weights": size(weights),
         "lasting": size(lasting),
         "peak": size(lasting) + peak_bytes(step),
-        "resident": mapped,
-        "resident_default": default,
+        "resident": held,
     })  # fmt: skip
 
 
@@ -125,7 +123,7 @@ def memories(dtype: str, images: int) -> dict[str, dict]:
         rows[way] = queue.get()
         process.join()
         full = rows[FULL]
-        rows[way] |= {"backbone_share": rows[way]["backbone"] / full["weights"]} | {f"{key}_share": rows[way][key] / full[key] for key in ("lasting", "peak", "resident", "resident_default")}
+        rows[way] |= {"backbone_share": rows[way]["backbone"] / full["weights"]} | {f"{key}_share": rows[way][key] / full[key] for key in ("lasting", "peak", "resident")}
         print(f"{dtype} {way:30}", *(f"{key} {value:.3f}" for key, value in rows[way].items() if key.endswith("share")), flush=True)
     return rows
 
@@ -160,6 +158,8 @@ def speed(dtype: str, images: int, rounds: int) -> dict[str, dict]:
 
 def main(options: argparse.Namespace) -> None:
     "Measure what is asked for, and keep in results/vit.json what is not measured anew."
+    if not options.holes:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # read by glibc when a process starts: for those that measure memory, not for this one
     path = RESULTS / "vit.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     both = options.memory == options.speed
@@ -178,5 +178,6 @@ if __name__ == "__main__":
     parser.add_argument("--dtypes", nargs="*", default=["fp32", "bf16"])
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--holes", action="store_true", help="leave glibc as it is")
     logging.disable(logging.WARNING)
     main(parser.parse_args())
