@@ -108,7 +108,7 @@ def memory(way: str, dtype: str, images: int, queue) -> None:
         "backbone": size(t for t in weights if t.data_ptr() not in trained),
         "weights": size(weights),
         "lasting": size(lasting),
-        "peak": size(lasting) + peak_bytes(step),
+        "peak_bytes": size(lasting) + peak_bytes(step),
         "resident": held,
     })  # fmt: skip
 
@@ -123,7 +123,7 @@ def memories(dtype: str, images: int) -> dict[str, dict]:
         rows[way] = queue.get()
         process.join()
         full = rows[FULL]
-        rows[way] |= {"backbone_share": rows[way]["backbone"] / full["weights"]} | {f"{key}_share": rows[way][key] / full[key] for key in ("lasting", "peak", "resident")}
+        rows[way] |= {"backbone_share": rows[way]["backbone"] / full["weights"]} | {f"{key}_share": rows[way][name] / full[name] for key, name in {"lasting": "lasting", "peak": "peak_bytes", "resident": "resident"}.items()}
         print(f"{dtype} {way:30}", *(f"{key} {value:.3f}" for key, value in rows[way].items() if key.endswith("share")), flush=True)
     return rows
 
