@@ -128,7 +128,7 @@ PROBE = "import llama_cpp, sys; llama_cpp.Llama(sys.argv[1], n_ctx=64, verbose=F
 class LlamaCpp:
     """The same weights in llama.cpp, on as many threads.
 
-    Where the processor has AMX, llama.cpp lays quantized weights out anew, and version 0.3.36 of llama-cpp-python then crashes on a tied model. So it is tried
+    llama.cpp lays quantized weights out anew, and version 0.3.36 of llama-cpp-python crashes on a tied model where it does (seen on a processor with AMX). So it is tried
     in a process of its own first, and where that dies the weights stay as they are in the file; the row says so.
     """
 
