@@ -115,10 +115,14 @@ COLUMNS = [
     ("at most beside it, MB", ("peak",), _mega("peak")),
     ("at most, MB", ("peak_bytes",), _mega("peak_bytes")),
     ("file, MB", ("file_bytes",), _mega("file_bytes")),
+    ("backbone, of float32", ("backbone_share",), lambda row: f"{row['backbone_share']:.3f}"),
+    ("peak, of full", ("peak_share",), lambda row: f"{row['peak_share']:.2f}"),
+    ("step, of full", ("processor_over_full",), lambda row: f"{row['processor_over_full']:.2f}"),
+    ("step, of peft + bitsandbytes", ("processor_over_peer",), lambda row: f"{row['processor_over_peer']:.2f}"),
 ]
 
 
-TITLES = {"qat": "Quantization-aware training", "finetune": "Fine-tuning"}
+TITLES = {"qat": "Quantization-aware training", "finetune": "Fine-tuning", "vit": "Adapting a ViT in four bits"}
 
 
 def rows_table(rows: dict[str, dict]) -> str:

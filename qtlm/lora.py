@@ -143,7 +143,7 @@ class LoRALinear(nn.Module):
         "Return the layer's output with the adapter's part."
         result, x = self.base_layer(input), input.to(self.lora_A.weight.dtype)
         dropped = self.lora_dropout(x)
-        update = self.lora_B(self.lora_A(dropped)) * self.scaling
+        update = self.lora_B(self.lora_A(dropped) * self.scaling)  # scaled where it is thin
         whole = result + update if self.lora_magnitude_vector is None else _rescaled(self, x, dropped, result, update)
         return whole.to(result.dtype)
 
