@@ -295,7 +295,7 @@ def main() -> None:
         here["mean"] = summarize(here["seeds"])
         if not options.only:
             schemes, data = [(32, "nearest"), (8, "nearest"), (8, "mse"), *((4, rounding) for rounding in ROUNDINGS)], calibration_batches(kind)
-            here["cost"] = {f"INT{bits} {rounding}": or_error(partial(cost, model, data, bits, rounding)) for bits, rounding in schemes}
+            here["cost"] = {"float32" if bits == 32 else f"INT{bits} {rounding}": or_error(partial(cost, model, data, bits, rounding)) for bits, rounding in schemes}
             print(*(f"  {name:14} {row}" for name, row in here["cost"].items()), sep="\n")
         file.write_text(json.dumps({**results, "machine": machine(), "peers": versions()}, indent=2) + "\n")
 
