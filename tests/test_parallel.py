@@ -36,13 +36,14 @@ def tiny(seed=0, **changes):
     return TinyLM(SHAPE.replace(**changes))
 
 
-def child(work, rank, size, place, patience, arguments):
+def child(work, rank, size, place, patience, environment, arguments):
     "Run in a forked process: meet the others, do the work, and leave what came of it in a file."
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)} | environment
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     value = error = None
     try:
-        dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=size, timeout=timedelta(seconds=patience))
+        if not environment:
+            dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=size, timeout=timedelta(seconds=patience))
         value = work(rank, *arguments)
     except BaseException as caught:
         expected = isinstance(caught, ParallelError | CheckpointWriteError | NonFiniteLossError | SystemExit)
@@ -52,12 +53,12 @@ def child(work, rank, size, place, patience, arguments):
     os._exit(0)
 
 
-def share(room, work, *arguments, size=2, errors=False, patience=60):
+def share(room, work, *arguments, size=2, errors=False, patience=60, environment=None):
     "Let `size` processes do `work(rank, *arguments)`; return what each gave, or its error; None for one that was killed."
     import torch.distributed.fsdp  # noqa: F401  once, before the fork, and not in each process
 
     context, place = multiprocessing.get_context("fork"), room / f"meet-{time.monotonic_ns()}"
-    processes = [context.Process(target=child, args=(work, rank, size, place, patience, arguments)) for rank in range(size)]
+    processes = [context.Process(target=child, args=(work, rank, size, place, patience, environment or {}, arguments)) for rank in range(size)]
     for process in processes:
         process.start()
     for process in processes:
@@ -354,6 +355,19 @@ def test_a_process_that_hangs_is_given_up_on(room):
 
     errors = share(room, stuck, errors=True, patience=3)
     assert errors[0].startswith("ParallelError: process 0 of 2: another process is silent for too long; expected all 2.")
+
+
+def test_a_new_start_does_not_call_those_of_the_last(room, monkeypatch):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun keeps one over all starts
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    monkeypatch.setattr(parallel, "_PATIENCE", timedelta(seconds=15))
+
+    def join(rank, attempt):
+        world = parallel.join_world("cpu")
+        return world.size, world.restarts, world.sum(rank)
+
+    for attempt in range(5):  # one alone would find the dead only now and then
+        assert share(room, join, attempt, environment=environment | {"TORCHELASTIC_RESTART_COUNT": str(attempt)}) == [(2, attempt, 1)] * 2
 
 
 PROGRAM = textwrap.dedent(
