@@ -91,6 +91,8 @@ _HOME = {
     "load_vit": "adapt",
     "is_vit_config": "adapt",
     "make_loggers": "loggers",
+    "World": "parallel",
+    "join_world": "parallel",
     "Comparison": "evaluation",
     "compare": "evaluation",
     "evaluate": "evaluation",
@@ -196,6 +198,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .optim import QuantizedAdamW as QuantizedAdamW
     from .optim import configure_optimizer as configure_optimizer
     from .parallel import ParallelError as ParallelError
+    from .parallel import World as World
+    from .parallel import join_world as join_world
     from .qat import convert_qat as convert_qat
     from .qat import fake_quantize as fake_quantize
     from .qat import prepare_qat as prepare_qat
