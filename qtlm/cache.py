@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .kernels import quantize_tokens
 from .layers import QuantLinear, _reason
 from .model import MLP, Attention, Block, ModelInputError, TinyLM, _check_input_ids
+from .native import _has_loops
 
 # %% ../nbs/09b_cache.ipynb #turn
 def _wide_tables(cos: Tensor, sin: Tensor, turned: int, still: int) -> tuple[Tensor, ...]:
@@ -157,6 +158,13 @@ def _why_not(model: nn.Module) -> str | None:
     ours = all(type(b) is Block and type(b.self_attn) is Attention and type(b.mlp) is MLP for b in model.model.layers)
     return None if ours else "found other blocks; expected those that TinyLM builds"
 
+# %% ../nbs/09b_cache.ipynb #attend-single
+def _attend(q: Tensor, kept: Tensor, at: slice | Tensor, mask: Tensor | None) -> Tensor:
+    "Return what `_look_back` does, for queries at the places `at`."
+    if torch.compiler.is_compiling() and isinstance(at, Tensor) and q.dtype == kept.dtype == torch.float32 and _has_loops(q):
+        return torch.ops.qtlm.look_back(q.contiguous(), kept.contiguous(), at)
+    return _look_back(q, kept, mask, mask is None and q.shape[1] > 1)
+
 # %% ../nbs/09b_cache.ipynb #read
 def _read(plan: _Plan, stores: list[_Store], ids: Tensor, cos: Tensor, sin: Tensor, at: slice | Tensor, mask: Tensor | None, last: Tensor | None) -> Tensor:
     "Read tokens `[B, T]`, keep their keys and values at the places `at`, and return the logits `[B, vocab_size]` at the positions `last`."
@@ -165,7 +173,7 @@ def _read(plan: _Plan, stores: list[_Store], ids: Tensor, cos: Tensor, sin: Tens
     for layer, store in zip(plan.layers, stores):
         qkv = _turn(layer.qkv(layer.norm_1(x)).unflatten(-1, (turned + plan.kept, -1)), cos, sin)
         store.write(qkv[:, :, plan.heads :], at)
-        x = x + layer.o_proj(_look_back(qkv[:, :, : plan.heads], store.read(at), mask, mask is None and ids.shape[1] > 1))
+        x = x + layer.o_proj(_attend(qkv[:, :, : plan.heads], store.read(at), at, mask))
         gate, up = layer.gate_up(layer.norm_2(x)).chunk(2, -1)
         x = x + layer.down_proj(F.silu(gate) * up)
     return plan.head(plan.norm(x[:, -1] if last is None else x[torch.arange(len(x), device=x.device), last]))

@@ -40,7 +40,7 @@ class _IntegerLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x, stand_in, bias, codes, scale, group_scale, input_scale, zero_point):
-        return _forward(x, _int8_weights(codes, group_scale, x.shape[-1]), scale, bias, input_scale, zero_point)
+        return _forward(x, codes, scale, bias, input_scale, zero_point, group_scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .native import _few_rows
+
 # %% ../nbs/04_kernels.ipynb #errors
 class KernelError(ValueError):
     "Codes, scales and activations that do not fit together, or weights that cannot be rounded."
@@ -301,16 +303,20 @@ def _round_activations(x: Tensor, input_scale: Tensor | None, zero_point: Tensor
         return quantize_tokens(x)
     return quantize_tensor(x, input_scale, zero_point), torch.add(input_scale, x.abs().amax(-1, keepdim=True).float(), alpha=0)
 
-# %% ../nbs/04_kernels.ipynb #forward
-def _forward(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
-    "Return x @ (w * scale).t() + bias, for int8 `w`, with x rounded to int8."
-    q, x_scale = _round_activations(x.reshape(-1, x.shape[-1]), input_scale, zero_point)
-    return _multiply(q, w, x_scale, scale, zero_point, bias, x.dtype).view(*x.shape[:-1], w.shape[0])
-
 
 def _int8_weights(codes: Tensor, group_scale: Tensor | None, width: int) -> Tensor:
     "Return the int8 weights: the codes themselves, or what the 4-bit codes stand for."
     return codes if group_scale is None else expand_groups(codes, group_scale, width)
+
+# %% ../nbs/04_kernels.ipynb #forward
+def _forward(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None = None, zero_point: Tensor | None = None, group_scale: Tensor | None = None) -> Tensor:
+    "Return x @ (w * scale).t() + bias, for int8 weights or packed 4-bit codes, with x rounded to int8."
+    rows = x.reshape(-1, x.shape[-1])
+    y = _few_rows(rows, codes, scale, bias, input_scale, zero_point, group_scale)
+    if y is None:
+        q, x_scale = _round_activations(rows, input_scale, zero_point)
+        y = _multiply(q, _int8_weights(codes, group_scale, x.shape[-1]), x_scale, scale, zero_point, bias, x.dtype)
+    return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
 
 # %% ../nbs/04_kernels.ipynb #straight-through
 class _StraightThrough(torch.autograd.Function):
@@ -320,7 +326,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(x, codes, scale, group_scale, bias, input_scale, zero_point):
-        return _forward(x, _int8_weights(codes, group_scale, x.shape[-1]), scale, bias, input_scale, zero_point)
+        return _forward(x, codes, scale, bias, input_scale, zero_point, group_scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -353,7 +359,7 @@ def _linear(x: Tensor, codes: Tensor, scale: Tensor, group_scale: Tensor | None,
         raise KernelError(f"linear: found {width} features; expected at most {_MOST}, for int32 to hold the sum. Split the layer.")
     if torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
         return _StraightThrough.apply(x, codes, scale, group_scale, bias, *given)
-    return _forward(x, _int8_weights(codes, group_scale, width), scale, bias, *given)
+    return _forward(x, codes, scale, bias, *given, group_scale)
 
 # %% ../nbs/04_kernels.ipynb #int8-linear
 def int8_linear(
