@@ -179,6 +179,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'qtlm.cache._Store.write': ('cache.html#_store.write', 'qtlm/cache.py'),
                             'qtlm.cache._attend': ('cache.html#_attend', 'qtlm/cache.py'),
                             'qtlm.cache._check_extend': ('cache.html#_check_extend', 'qtlm/cache.py'),
+                            'qtlm.cache._compile_read': ('cache.html#_compile_read', 'qtlm/cache.py'),
                             'qtlm.cache._lay_out': ('cache.html#_lay_out', 'qtlm/cache.py'),
                             'qtlm.cache._look_back': ('cache.html#_look_back', 'qtlm/cache.py'),
                             'qtlm.cache._mask': ('cache.html#_mask', 'qtlm/cache.py'),

@@ -6,8 +6,10 @@
 __all__ = ['KVCache']
 
 # %% ../nbs/09b_cache.ipynb #imports
+import re
 from dataclasses import dataclass
 from numbers import Integral
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -178,6 +180,15 @@ def _read(plan: _Plan, stores: list[_Store], ids: Tensor, cos: Tensor, sin: Tens
         x = x + layer.down_proj(F.silu(gate) * up)
     return plan.head(plan.norm(x[:, -1] if last is None else x[torch.arange(len(x), device=x.device), last]))
 
+# %% ../nbs/09b_cache.ipynb #compile-read
+def _compile_read(device: torch.device):
+    "Return a `_read` for single tokens of one plan with its blocks, compiled."
+    own = FunctionType(_read.__code__.replace(), _read.__globals__, _read.__name__)
+    given = re.compile(r"(L\[')?(plan|stores)\b|G\[")  # parts of the cache, and of this package
+    asked = lambda guards: [not given.match(guard.name) for guard in guards]
+    options = {"guard_filter_fn": asked, "size_asserts": False, "cpp_wrapper": device.type == "cpu"}
+    return torch.compile(own, dynamic=False, options=options)
+
 # %% ../nbs/09b_cache.ipynb #check-cache
 def _whole(value: object, name: str, high: int | None = None) -> int:
     "Return a positive whole number as an int, or say what is wrong with it."
@@ -228,7 +239,7 @@ class KVCache:
         with torch.no_grad():
             self._plan = _lay_out(model)
             self._tables = [table[: self.max_length].to(norm.dtype) for table in (model.rope_cos, model.rope_sin)]
-        self._single = torch.compile(_read, dynamic=False) if compile else None
+        self._single = _compile_read(norm.device) if compile else None
 
     @property
     def nbytes(self) -> int:
