@@ -93,6 +93,8 @@ _HOME = {
     "make_loggers": "loggers",
     "World": "parallel",
     "join_world": "parallel",
+    "build_native": "native",
+    "NativeError": "native",
     "Comparison": "evaluation",
     "compare": "evaluation",
     "evaluate": "evaluation",
@@ -100,8 +102,8 @@ _HOME = {
 _MODULES = (
     "account", "adapt", "adapters", "base", "batches", "blockwise", "budget", "cache", "calibration", "checkpoint", "cli", "commands",
     "config", "data", "demo", "evaluation", "finetuning", "generation", "history", "images", "inspection", "kernels", "layers", "loggers",
-    "lora", "lora_vit", "loss", "model", "modes", "observers", "optim", "parallel", "plan", "qat", "quantization", "resume", "rounding",
-    "sampling", "step", "storage", "straight_through", "trainer", "vit", "window",
+    "lora", "lora_vit", "loss", "model", "modes", "native", "observers", "optim", "parallel", "plan", "qat", "quantization", "resume",
+    "rounding", "sampling", "step", "storage", "straight_through", "trainer", "vit", "window",
 )  # fmt: skip
 __all__ = sorted(_HOME)
 
@@ -195,6 +197,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .loss import distillation_loss as distillation_loss
     from .model import ModelInputError as ModelInputError
     from .model import TinyLM as TinyLM
+    from .native import NativeError as NativeError
+    from .native import build_native as build_native
     from .optim import QuantizedAdamW as QuantizedAdamW
     from .optim import configure_optimizer as configure_optimizer
     from .parallel import ParallelError as ParallelError

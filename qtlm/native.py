@@ -298,20 +298,28 @@ def _processor() -> str:
 def _place() -> Path:
     "Return where the library of this source, torch and processor is, or would be."
     parts = [_SOURCE, *_TUNED, *_OPTIONS, torch.__version__, platform.machine(), _processor()]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "qtlm" / f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    home = Path(os.environ.get("QTLM_CACHE") or "~/.cache/qtlm").expanduser()
+    return home / f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
 
 # %% ../nbs/03b_native.ipynb #load
+def _seal(place: Path) -> None:
+    "Put the library's SHA-256 behind it."
+    place.write_bytes((made := place.read_bytes()) + hashlib.sha256(made).digest())
+
+
 @cache
 def _load(place: Path) -> None:
     "Load a library that was built; raise `OSError` where it is broken, or another system's."
+    held = place.read_bytes()
+    if hashlib.sha256(held[:-32]).digest() != held[-32:]:
+        raise OSError(f"{place} is not whole")
     torch.ops.load_library(place)
 
-
+# %% ../nbs/03b_native.ipynb #is-loaded
 @cache
 def _is_loaded() -> bool:
     "Tell whether the loops can be used, without building anything."
-    if os.environ.get("QTLM_NATIVE") == "0" or not _place().exists():
+    if os.environ.get("QTLM_NATIVE") == "0":
         return False
     try:
         _load(_place())
@@ -352,6 +360,7 @@ def _build(place: Path) -> None:
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as folder:
             _compile(compiler, Path(folder) / "new.so")
+            _seal(Path(folder) / "new.so")
             os.replace(Path(folder) / "new.so", place)
         _load(place)
     except (OSError, subprocess.SubprocessError) as error:
@@ -387,7 +396,7 @@ def _is_built() -> bool:
 # %% ../nbs/03b_native.ipynb #has-loops
 def _has_loops(x: Tensor) -> bool:
     "Tell whether `x` may go through the loops in C++: on a processor, where they are there, and nobody takes the program apart."
-    if x.device.type != "cpu" or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if x.device.type != "cpu" or torch.compiler.is_exporting():
         return False
     if torch.compiler.is_compiling():
         return _is_built()
