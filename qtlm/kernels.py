@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native import _few_rows
+from .native import _few_rows, _round_rows, _scale_rows
 
 # %% ../nbs/04_kernels.ipynb #errors
 class KernelError(ValueError):
@@ -55,6 +55,11 @@ def _row_scale(amax: Tensor, limit: int) -> Tensor:
     scale = (amax / limit).clamp_min(torch.finfo(torch.float32).tiny)
     short = ((scale.view(torch.int32) + 0x7F) & ~0x7F).view(torch.float32)
     return torch.where(amax == 0, torch.ones_like(short), short)
+
+
+def _step(magnitude: Tensor) -> Tensor:
+    "Return magnitude / 127, at least 2^-100 / 127 (a token of zeros divides by it); NaN for infinity, because infinity * 0 is NaN."
+    return (torch.add(magnitude, magnitude, alpha=0) * (1 / 127)).clamp_min(2.0**-100 / 127)
 
 # %% ../nbs/04_kernels.ipynb #row-amax
 def _row_amax(w: Tensor) -> Tensor:
@@ -162,15 +167,12 @@ def expand_groups(
     return codes.mul_(g.unsqueeze(-1)).sub_(offset.unsqueeze(-1)).flatten(-2)
 
 # %% ../nbs/04_kernels.ipynb #quantize-tokens
-def _step(magnitude: Tensor) -> Tensor:
-    "Return magnitude / 127, at least 2^-100 / 127 (a token of zeros divides by it); NaN for infinity, because infinity * 0 is NaN."
-    return (torch.add(magnitude, magnitude, alpha=0) * (1 / 127)).clamp_min(2.0**-100 / 127)
-
-
 def quantize_tokens(
     x: Tensor,  # activations `[..., features]`, float
 ) -> tuple[Tensor, Tensor]:  # codes int8 `[..., features]`, scale float32 `[..., 1]`; NaN where a token is not finite
     "Round each token's activations to int8 by the token's own largest magnitude."
+    if (rounded := _round_rows(x)) is not None:
+        return rounded
     v = x.abs()
     scale = _step(v.float()).amax(-1, keepdim=True) if torch.compiler.is_compiling() else _step(v.amax(-1, keepdim=True).float())
     return (x * (1 / scale)).round_().to(torch.int8), scale
@@ -234,10 +236,13 @@ def _product_in_place(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero
     y = torch.empty(rows.shape[0], w.shape[0], device=q.device, dtype=torch.float32)
     sums = y.view(torch.int32)
     torch._int_mm(rows, _rows(w).t(), out=sums)
+    result = y[: len(q)] if dtype == torch.float32 else torch.empty(len(q), len(w), dtype=dtype)
+    if _scale_rows(sums, x_scale, scale, bias, result):
+        return result
     if zero_point is not None:
         y, sums = y[:-1], sums[:-1].sub_(sums[-1:])
     y.copy_(sums).mul_(x_scale).mul_(scale)
-    return (y if bias is None else y.add_(bias)).to(dtype)
+    return result.copy_(y if bias is None else y.add_(bias))
 
 # %% ../nbs/04_kernels.ipynb #large-results
 _LARGE = range(2**25, 2**28)  # bytes of a result that glibc does not recycle, and that may well be kept
@@ -301,6 +306,8 @@ def _round_activations(x: Tensor, input_scale: Tensor | None, zero_point: Tensor
     "Return int8 codes of tokens `[M, K]` and their scales `[M, 1]`, measured or given; NaN for a token that is not finite."
     if input_scale is None:
         return quantize_tokens(x)
+    if (rounded := _round_rows(x, input_scale, zero_point)) is not None:
+        return rounded
     return quantize_tensor(x, input_scale, zero_point), torch.add(input_scale, x.abs().amax(-1, keepdim=True).float(), alpha=0)
 
 

@@ -34,9 +34,10 @@ using Maybe = std::optional<Tensor>;
 
 # %% ../nbs/03b_native.ipynb #magnitude
 _MAGNITUDE = r"""
-static float magnitude(const float* x, int64_t width) {
+template <class T>
+static float magnitude(const T* x, int64_t width) {
   uint32_t most = 0;
-  for (int64_t k = 0; k < width; k++) most = std::max(most, std::bit_cast<uint32_t>(x[k]) & 0x7fffffffu);
+  for (int64_t k = 0; k < width; k++) most = std::max(most, std::bit_cast<uint32_t>(float(x[k])) & 0x7fffffffu);
   float m = std::bit_cast<float>(most);
   return m + m * 0;
 }
@@ -44,22 +45,21 @@ static float magnitude(const float* x, int64_t width) {
 
 # %% ../nbs/03b_native.ipynb #round-row
 _ROUND_ROW = r"""
-static float round_row(const float* x, int16_t* q, int64_t width) {  // by its own magnitude
+template <class T, class Q>
+static float round_row(const T* x, Q* q, int64_t width) {  // by its own magnitude
   float m = magnitude(x, width) * float(1 / 127.0), least = float(0x1p-100 / 127);
   float scale = m < least ? least : m, by = 1 / scale;
-  for (int64_t k = 0; k < width; k++) q[k] = int32_t(std::nearbyint(x[k] * by));
+  for (int64_t k = 0; k < width; k++) q[k] = int32_t(std::nearbyint(float(x[k]) * by));
   return scale;
 }
 """
 
 # %% ../nbs/03b_native.ipynb #round-row-by
 _ROUND_ROW_BY = r"""
-static float round_row_by(const float* x, int16_t* q, int64_t width, float scale, int zero) {
+template <class T, class Q>
+static float round_row_by(const T* x, Q* q, int64_t width, float scale, int zero, int less) {
   float by = 1 / scale, m = magnitude(x, width);
-  for (int64_t k = 0; k < width; k++) {
-    float v = std::nearbyint(x[k] * by) + zero;
-    q[k] = int32_t(std::min(std::max(v, -128.0f), 127.0f)) - zero;
-  }
+  for (int64_t k = 0; k < width; k++) q[k] = int32_t(std::min(std::max(std::nearbyint(float(x[k]) * by) + zero, -128.0f), 127.0f)) - less;
   return scale + m * 0;
 }
 """
@@ -67,10 +67,7 @@ static float round_row_by(const float* x, int16_t* q, int64_t width, float scale
 # %% ../nbs/03b_native.ipynb #rows
 _ROWS = r"""
 struct Rows { std::vector<int16_t> q; std::vector<float> scale; };
-"""
 
-# %% ../nbs/03b_native.ipynb #round-rows
-_ROUND_ROWS = r"""
 static Rows round_rows(const Tensor& x, const Maybe& scale, const Maybe& zero_point) {
   int64_t rows = x.size(0), width = x.size(1);
   Rows r{std::vector<int16_t>(rows * width), std::vector<float>(rows)};
@@ -78,7 +75,7 @@ static Rows round_rows(const Tensor& x, const Maybe& scale, const Maybe& zero_po
   for (int64_t i = 0; i < rows; i++) {
     const float* from = x.const_data_ptr<float>() + i * width;
     int16_t* to = r.q.data() + i * width;
-    r.scale[i] = scale ? round_row_by(from, to, width, *scale->const_data_ptr<float>(), zero) : round_row(from, to, width);
+    r.scale[i] = scale ? round_row_by(from, to, width, *scale->const_data_ptr<float>(), zero, zero) : round_row(from, to, width);
   }
   return r;
 }
@@ -246,15 +243,76 @@ static Tensor look_back(const Tensor& q, const Tensor& kept, const Tensor& at) {
 }
 """
 
+# %% ../nbs/03b_native.ipynb #of-floats
+_OF_FLOATS = r"""
+template <class Use>
+static void of_floats(const Tensor& x, Use use) {
+  x.scalar_type() == at::kBFloat16 ? use((at::BFloat16*)x.const_data_ptr()) : use((float*)x.const_data_ptr());
+}
+"""
+
+# %% ../nbs/03b_native.ipynb #round-tokens
+_ROUND_TOKENS = r"""
+static std::tuple<Tensor, Tensor> round_tokens(const Tensor& x, const Maybe& scale, const Maybe& zero_point) {
+  int64_t rows = x.size(0), width = x.size(1);
+  Tensor q = at::empty({rows, width}, x.options().dtype(at::kChar)), scales = at::empty({rows, 1}, x.options().dtype(at::kFloat));
+  int zero = zero_point ? *zero_point->const_data_ptr<int32_t>() : 0;
+  of_floats(x, [&](auto* from) {
+    at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / width), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i++) {
+        int8_t* to = q.mutable_data_ptr<int8_t>() + i * width;
+        auto* own = from + i * width;
+        float s = scale ? round_row_by(own, to, width, *scale->const_data_ptr<float>(), zero, 0) : round_row(own, to, width);
+        scales.mutable_data_ptr<float>()[i] = s;
+      }
+    });
+  });
+  return {q, scales};
+}
+"""
+
+# %% ../nbs/03b_native.ipynb #scale-row
+_SCALE_ROW = r"""
+static void put(float v, float* y) { *y = v; }
+
+static void put(float v, at::BFloat16* y) {
+  uint32_t bits = std::bit_cast<uint32_t>(v);
+  y->x = v != v ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+template <class T>
+static void scale_row(const int32_t* sums, const int32_t* less, int64_t width, float x_scale, const float* scale, const float* bias, T* y) {
+#pragma omp simd
+  for (int64_t n = 0; n < width; n++) {
+    float v = float(less ? sums[n] - less[n] : sums[n]) * x_scale * scale[n];
+    put(bias ? v + bias[n] : v, y + n);
+  }
+}
+"""
+
+# %% ../nbs/03b_native.ipynb #scale-tokens
+_SCALE_TOKENS = r"""
+static void scale_tokens(const Tensor& sums, const Tensor& x_scale, const Tensor& scale, const Maybe& bias, Tensor out) {
+  int64_t rows = out.size(0), columns = out.size(1);
+  const int32_t *from = sums.const_data_ptr<int32_t>(), *less = sums.size(0) > rows ? from + rows * columns : nullptr;  // sums of a zero point, in a row below
+  const float *s = scale.const_data_ptr<float>(), *b = bias ? bias->const_data_ptr<float>() : nullptr;
+  of_floats(out, [&](auto* to) {
+    at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / columns), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i++) scale_row(from + i * columns, less, columns, x_scale.const_data_ptr<float>()[i], s, b, to + i * columns);
+    });
+  });
+}
+"""
+
 # %% ../nbs/03b_native.ipynb #schemas
 _SCHEMAS = (
     "int8_rows(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? input_scale, Tensor? zero_point) -> Tensor",
     "int4_rows(Tensor x, Tensor codes, Tensor scale, Tensor group_scale, Tensor? bias, Tensor? input_scale, Tensor? zero_point) -> Tensor",
     "expand_blocks(Tensor codes, Tensor absmax, Tensor pairs, int blocksize, Tensor(a!) out) -> ()",
     "look_back(Tensor q, Tensor kept, Tensor at) -> Tensor",
+    "round_tokens(Tensor x, Tensor? scale, Tensor? zero_point) -> (Tensor, Tensor)",
+    "scale_tokens(Tensor sums, Tensor x_scale, Tensor scale, Tensor? bias, Tensor(a!) out) -> ()",
 )
-
-# %% ../nbs/03b_native.ipynb #define
 _NAMES = [schema.split("(")[0] for schema in _SCHEMAS]
 _LIBRARY = torch.library.Library("qtlm", "FRAGMENT")
 for _schema in _SCHEMAS:
@@ -268,8 +326,14 @@ def _(x, codes, scale, *others):
 
 # %% ../nbs/03b_native.ipynb #fakes-others
 @torch.library.register_fake("qtlm::expand_blocks", lib=_LIBRARY)
-def _(codes, absmax, pairs, blocksize, out):
+@torch.library.register_fake("qtlm::scale_tokens", lib=_LIBRARY)
+def _(*args):
     pass
+
+
+@torch.library.register_fake("qtlm::round_tokens", lib=_LIBRARY)
+def _(x, scale, zero_point):
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
 @torch.library.register_fake("qtlm::look_back", lib=_LIBRARY)
@@ -278,13 +342,13 @@ def _(q, kept, at):
 
 # %% ../nbs/03b_native.ipynb #source
 _REGISTER = "TORCH_LIBRARY_IMPL(qtlm, CPU, m) {{ {} }}\n".format(" ".join(f'm.impl("{name}", {name});' for name in _NAMES))
-_PARTS = [_HEAD, _MAGNITUDE, _ROUND_ROW, _ROUND_ROW_BY, _ROWS, _ROUND_ROWS, _DOTS, _SCALE_SUMS, _MULTIPLY, _INT8]
-_PARTS += [_GROUP_SUM, _DOT4, _INT4, _EXPAND, _DOT, _LOOK, _LOOK_BACK, _REGISTER]
+_PARTS = [_HEAD, _MAGNITUDE, _ROUND_ROW, _ROUND_ROW_BY, _ROWS, _DOTS, _SCALE_SUMS, _MULTIPLY, _INT8]
+_PARTS += [_GROUP_SUM, _DOT4, _INT4, _EXPAND, _DOT, _LOOK, _LOOK_BACK, _OF_FLOATS, _ROUND_TOKENS, _SCALE_ROW, _SCALE_TOKENS, _REGISTER]
 _SOURCE = "".join(_PARTS)
 
 # %% ../nbs/03b_native.ipynb #options
 _TUNED = ["-march=native", "-mprefer-vector-width=512", "-fopenmp"]  # tried first; not every compiler knows them
-_OPTIONS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+_OPTIONS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 
 def _processor() -> str:
@@ -347,8 +411,7 @@ def _compile(compiler: str, out: Path) -> None:
     for tuned in (_TUNED, []):
         command = [compiler, *_OPTIONS, *tuned, "-x", "c++", "-", "-o", str(out), *where]
         done = subprocess.run(command, input=_SOURCE, capture_output=True, text=True, timeout=600)
-        if not done.returncode:
-            return
+        if not done.returncode: return
     reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
     raise NativeError(f"native: {compiler} failed ({reason[:200]}). Everything works without, only slower.")
 
@@ -415,3 +478,22 @@ def _few_rows(
     if group_scale is None:
         return torch.ops.qtlm.int8_rows(x, codes, scale, *given)
     return torch.ops.qtlm.int4_rows(x, codes, scale, group_scale.contiguous(), *given)
+
+# %% ../nbs/03b_native.ipynb #many-rows
+_MANY = (torch.float32, torch.bfloat16)
+
+
+def _round_rows(x: Tensor, input_scale: Tensor | None = None, zero_point: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+    "Return int8 codes of tokens `[..., features]` and their scales `[..., 1]`, or None where that is better off in torch."
+    if torch.compiler.is_compiling() or x.requires_grad and torch.is_grad_enabled() or x.dtype not in _MANY or not (x.numel() and x.dim() and _has_loops(x)):
+        return None
+    q, scale = torch.ops.qtlm.round_tokens(x.reshape(-1, x.shape[-1]).contiguous(), input_scale, zero_point)
+    return q.view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+def _scale_rows(sums: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> bool:
+    "Write sums * x_scale * scale + bias to `out`, less the last row of sums where `out` has one row less; tell whether that was possible here."
+    if out.dtype not in _MANY or not out.numel() or x_scale.numel() != len(out) or not _has_loops(out):
+        return False
+    torch.ops.qtlm.scale_tokens(sums, x_scale.contiguous(), scale.contiguous(), None if bias is None else bias.float().contiguous(), out)
+    return True

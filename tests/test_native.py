@@ -16,7 +16,7 @@ from qtlm.blockwise import dequantize_blockwise, quantize_blockwise
 from qtlm.cache import KVCache
 from qtlm.config import ModelConfig
 from qtlm.generation import generate
-from qtlm.kernels import int4_linear, int8_linear, pack_int4, quantize_groups, quantize_rows
+from qtlm.kernels import int4_linear, int8_linear, pack_int4, quantize_groups, quantize_rows, quantize_tokens
 from qtlm.native import NativeError, _few_rows, _has_loops, _is_loaded
 
 HAVE = any(map(shutil.which, ("c++", "g++", "clang++")))
@@ -110,6 +110,34 @@ def test_look_ups_are_the_bits_of_torch(count, kind, blocksize, dtype, double):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qtlm.blockwise._has_loops", lambda x: False)
         assert torch.equal(fast, dequantize_blockwise(codes, state))
+
+
+@needs_compiler
+@settings(max_examples=100, deadline=None)
+@given(rows=st.integers(9, 60), width=st.integers(2, 90), columns=st.integers(1, 40), kind=KINDS, dtype=DTYPES, with_bias=st.booleans(), zero=st.sampled_from((None, 0, 5)), seed=st.integers(0, 99))
+def test_many_rows_are_the_bits_of_torch(rows, width, columns, kind, dtype, with_bias, zero, seed):
+    x = activations(rows, width, kind, seed).to(dtype)
+    codes, scale = quantize_rows(torch.randn(columns, width, generator=torch.Generator().manual_seed(seed)))
+    bias = torch.linspace(-1, 1, columns).to(dtype) if with_bias else None
+    given = {} if zero is None else {"input_scale": torch.tensor(0.013), "input_zero_point": torch.tensor(zero, dtype=torch.int32) if zero else None}
+    fast, rounded = int8_linear(x, codes, scale, bias, **given), quantize_tokens(x.view(-1, 1, width))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_has_loops", lambda x: False)
+        assert alike(fast, int8_linear(x, codes, scale, bias, **given))
+        plain = quantize_tokens(x.view(-1, 1, width))
+    finite = plain[1].isfinite().expand(x.shape[0], 1, width)  # codes of other tokens mean nothing
+    assert alike(rounded[1], plain[1]) and torch.equal(rounded[0][finite], plain[0][finite])
+
+
+@needs_compiler
+def test_rounding_to_bfloat16():
+    "All exponents, and what lies on and beside the middle of two neighbours."
+    bits = torch.arange(0, 2**16).view(-1, 1) * 2**16 + torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    wanted = (bits - (bits >= 2**31) * 2**32).to(torch.int32).view(torch.float32).flatten()
+    wanted = wanted[wanted.isfinite() & (wanted.abs() > 1e-37)]  # the sums are 0: what is rounded is the bias
+    sums, one, out = torch.zeros(1, len(wanted), dtype=torch.int32), torch.ones(1, 1), torch.empty(1, len(wanted), dtype=torch.bfloat16)
+    torch.ops.qtlm.scale_tokens(sums, one, torch.ones(len(wanted)), wanted, out)
+    assert torch.equal(out[0], wanted.bfloat16())
 
 
 @needs_compiler
