@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native import _few_rows, _round_rows, _scale_rows
+from .native import _few_rows, _multiply_rows, _round_rows
 
 # %% ../nbs/04_kernels.ipynb #errors
 class KernelError(ValueError):
@@ -232,17 +232,16 @@ def _shifted_rows(q: Tensor, zero_point: Tensor | None) -> Tensor:
 
 def _product_in_place(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     "Return (q - zero_point) @ w.t() * x_scale * scale + bias, the integer sums made in the memory of the result."
+    if (tiled := _multiply_rows(q, w, x_scale, scale, zero_point, bias, dtype)) is not None:
+        return tiled
     rows = _rows(_shifted_rows(q, zero_point))
     y = torch.empty(rows.shape[0], w.shape[0], device=q.device, dtype=torch.float32)
     sums = y.view(torch.int32)
     torch._int_mm(rows, _rows(w).t(), out=sums)
-    result = y[: len(q)] if dtype == torch.float32 else torch.empty(len(q), len(w), dtype=dtype)
-    if _scale_rows(sums, x_scale, scale, bias, result):
-        return result
     if zero_point is not None:
         y, sums = y[:-1], sums[:-1].sub_(sums[-1:])
     y.copy_(sums).mul_(x_scale).mul_(scale)
-    return result.copy_(y if bias is None else y.add_(bias))
+    return (y if bias is None else y.add_(bias)).to(dtype)
 
 # %% ../nbs/04_kernels.ipynb #large-results
 _LARGE = range(2**25, 2**28)  # bytes of a result that glibc does not recycle, and that may well be kept

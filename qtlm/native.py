@@ -22,6 +22,7 @@ from torch import Tensor
 _HEAD = r"""
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/_int_mm.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 #include <bit>
@@ -271,6 +272,16 @@ static std::tuple<Tensor, Tensor> round_tokens(const Tensor& x, const Maybe& sca
 }
 """
 
+# %% ../nbs/03b_native.ipynb #zero-sums
+_ZERO_SUMS = r"""
+static std::vector<int32_t> zero_sums(const Tensor& codes, const Maybe& zero_point) {
+  std::vector<int32_t> sums(codes.size(0));
+  for (int64_t n = 0, width = codes.size(1); zero_point && n < codes.size(0); n++)
+    for (int64_t k = 0; k < width; k++) sums[n] += *zero_point->const_data_ptr<int32_t>() * codes.const_data_ptr<int8_t>()[n * width + k];
+  return sums;
+}
+"""
+
 # %% ../nbs/03b_native.ipynb #scale-row
 _SCALE_ROW = r"""
 static void put(float v, float* y) { *y = v; }
@@ -281,26 +292,37 @@ static void put(float v, at::BFloat16* y) {
 }
 
 template <class T>
-static void scale_row(const int32_t* sums, const int32_t* less, int64_t width, float x_scale, const float* scale, const float* bias, T* y) {
-#pragma omp simd
+static void scale_row(const int32_t* sums, const std::vector<int32_t>& less, int64_t width, float x_scale, const float* scale, const float* bias, T* y) {
   for (int64_t n = 0; n < width; n++) {
-    float v = float(less ? sums[n] - less[n] : sums[n]) * x_scale * scale[n];
+    float v = float(sums[n] - less[n]) * x_scale * scale[n];
     put(bias ? v + bias[n] : v, y + n);
   }
 }
 """
 
-# %% ../nbs/03b_native.ipynb #scale-tokens
-_SCALE_TOKENS = r"""
-static void scale_tokens(const Tensor& sums, const Tensor& x_scale, const Tensor& scale, const Maybe& bias, Tensor out) {
-  int64_t rows = out.size(0), columns = out.size(1);
-  const int32_t *from = sums.const_data_ptr<int32_t>(), *less = sums.size(0) > rows ? from + rows * columns : nullptr;  // sums of a zero point, in a row below
-  const float *s = scale.const_data_ptr<float>(), *b = bias ? bias->const_data_ptr<float>() : nullptr;
-  of_floats(out, [&](auto* to) {
-    at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / columns), [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; i++) scale_row(from + i * columns, less, columns, x_scale.const_data_ptr<float>()[i], s, b, to + i * columns);
-    });
-  });
+# %% ../nbs/03b_native.ipynb #multiply-tokens
+_MULTIPLY_TOKENS = r"""
+static void multiply_tokens(const Tensor& q, const Tensor& codes, const Tensor& x_scale, const Tensor& scale, const Maybe& bias, const Maybe& zero_point, Tensor out) {
+  constexpr int64_t tile = 512;  // 1 MB of sums
+  int64_t rows = q.size(0), columns = codes.size(0), width = q.size(1);
+  const float *xs = x_scale.const_data_ptr<float>(), *s = scale.const_data_ptr<float>(), *b = bias ? bias->const_data_ptr<float>() : nullptr;
+  Tensor room = at::empty({std::min(rows, tile) * std::min(columns, tile)}, q.options().dtype(at::kInt));
+  for (int64_t c = 0; c < columns; c += tile) {
+    int64_t n = std::min(tile, columns - c);
+    Tensor part = codes.narrow(0, c, n);
+    std::vector<int32_t> less = zero_sums(part, zero_point);
+    for (int64_t i = 0; i < rows; i += tile) {
+      int64_t m = std::min(tile, rows - i);
+      Tensor sums = room.narrow(0, 0, m * n).view({m, n});
+      at::_int_mm_out(sums, q.narrow(0, i, m), part.t());
+      const int32_t* from = sums.const_data_ptr<int32_t>();
+      of_floats(out, [&](auto* to) {
+        at::parallel_for(0, m, std::max<int64_t>(1, 16384 / n), [&](int64_t first, int64_t last) {
+          for (int64_t j = first; j < last; j++) scale_row(from + j * n, less, n, xs[i + j], s + c, b ? b + c : nullptr, to + (i + j) * columns + c);
+        });
+      });
+    }
+  }
 }
 """
 
@@ -311,7 +333,7 @@ _SCHEMAS = (
     "expand_blocks(Tensor codes, Tensor absmax, Tensor pairs, int blocksize, Tensor(a!) out) -> ()",
     "look_back(Tensor q, Tensor kept, Tensor at) -> Tensor",
     "round_tokens(Tensor x, Tensor? scale, Tensor? zero_point) -> (Tensor, Tensor)",
-    "scale_tokens(Tensor sums, Tensor x_scale, Tensor scale, Tensor? bias, Tensor(a!) out) -> ()",
+    "multiply_tokens(Tensor q, Tensor codes, Tensor x_scale, Tensor scale, Tensor? bias, Tensor? zero_point, Tensor(a!) out) -> ()",
 )
 _NAMES = [schema.split("(")[0] for schema in _SCHEMAS]
 _LIBRARY = torch.library.Library("qtlm", "FRAGMENT")
@@ -326,7 +348,7 @@ def _(x, codes, scale, *others):
 
 # %% ../nbs/03b_native.ipynb #fakes-others
 @torch.library.register_fake("qtlm::expand_blocks", lib=_LIBRARY)
-@torch.library.register_fake("qtlm::scale_tokens", lib=_LIBRARY)
+@torch.library.register_fake("qtlm::multiply_tokens", lib=_LIBRARY)
 def _(*args):
     pass
 
@@ -343,12 +365,12 @@ def _(q, kept, at):
 # %% ../nbs/03b_native.ipynb #source
 _REGISTER = "TORCH_LIBRARY_IMPL(qtlm, CPU, m) {{ {} }}\n".format(" ".join(f'm.impl("{name}", {name});' for name in _NAMES))
 _PARTS = [_HEAD, _MAGNITUDE, _ROUND_ROW, _ROUND_ROW_BY, _ROWS, _DOTS, _SCALE_SUMS, _MULTIPLY, _INT8]
-_PARTS += [_GROUP_SUM, _DOT4, _INT4, _EXPAND, _DOT, _LOOK, _LOOK_BACK, _OF_FLOATS, _ROUND_TOKENS, _SCALE_ROW, _SCALE_TOKENS, _REGISTER]
+_PARTS += [_GROUP_SUM, _DOT4, _INT4, _EXPAND, _DOT, _LOOK, _LOOK_BACK, _OF_FLOATS, _ROUND_TOKENS, _ZERO_SUMS, _SCALE_ROW, _MULTIPLY_TOKENS, _REGISTER]
 _SOURCE = "".join(_PARTS)
 
 # %% ../nbs/03b_native.ipynb #options
 _TUNED = ["-march=native", "-mprefer-vector-width=512", "-fopenmp"]  # tried first; not every compiler knows them
-_OPTIONS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+_OPTIONS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 
 def _processor() -> str:
@@ -491,9 +513,10 @@ def _round_rows(x: Tensor, input_scale: Tensor | None = None, zero_point: Tensor
     return q.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
-def _scale_rows(sums: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> bool:
-    "Write sums * x_scale * scale + bias to `out`, less the last row of sums where `out` has one row less; tell whether that was possible here."
-    if out.dtype not in _MANY or not out.numel() or x_scale.numel() != len(out) or not _has_loops(out):
-        return False
-    torch.ops.qtlm.scale_tokens(sums, x_scale.contiguous(), scale.contiguous(), None if bias is None else bias.float().contiguous(), out)
-    return True
+def _multiply_rows(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    "Return (q - zero_point) @ w.t() * x_scale * scale + bias, or None where that is better off in torch."
+    if dtype not in _MANY or not (q.numel() and w.numel()) or x_scale.numel() != len(q) or not _has_loops(q):
+        return None
+    out, bias = torch.empty(len(q), len(w), dtype=dtype), None if bias is None else bias.float().contiguous()
+    torch.ops.qtlm.multiply_tokens(q.contiguous(), w.contiguous(), x_scale.contiguous(), scale.contiguous(), bias, zero_point, out)
+    return out
