@@ -911,6 +911,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'qtlm.native._place': ('native.html#_place', 'qtlm/native.py'),
                              'qtlm.native._processor': ('native.html#_processor', 'qtlm/native.py'),
                              'qtlm.native._round_rows': ('native.html#_round_rows', 'qtlm/native.py'),
+                             'qtlm.native._scale_codes': ('native.html#_scale_codes', 'qtlm/native.py'),
                              'qtlm.native._seal': ('native.html#_seal', 'qtlm/native.py'),
                              'qtlm.native.build_native': ('native.html#build_native', 'qtlm/native.py')},
             'qtlm.observers': { 'qtlm.observers.HistogramObserver': ('observers.html#histogramobserver', 'qtlm/observers.py'),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .kernels import _forward, _int8_weights, _round_activations
 from .layers import QuantEmbedding, QuantizationError, QuantLinear, _check_model, _move_once, _Quantized, _weight_key
 from .model import _autocast
+from .native import _scale_codes
 
 # %% ../nbs/06a_finetuning.ipynb #stand-in
 def _stand_in(
@@ -23,10 +24,10 @@ def _stand_in(
     return torch.zeros((), dtype=torch.float32, device=device).expand(shape).requires_grad_()
 
 # %% ../nbs/06a_finetuning.ipynb #rounded-inputs
-def _rounded(x: Tensor, input_scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+def _rounded(x: Tensor, input_scale: Tensor | None, zero_point: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
     "Return activations `[M, K]` as the integer product saw them: rounded to int8, and floats again."
     q, scale = _round_activations(x, input_scale, zero_point)
-    return (q.float() if zero_point is None else q.float().sub_(zero_point)).mul_(scale)
+    return _scale_codes(q, scale[..., 0], dtype) if zero_point is None else q.float().sub_(zero_point).mul_(scale).to(dtype)
 
 
 def _scale_gradient(grad: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:
@@ -54,11 +55,11 @@ class _IntegerLinear(torch.autograd.Function):
         (needs_x, needs_weight, needs_bias), grad_x, grad_weight, grad_bias = ctx.needs_input_grad[:3], None, None, None
         rows = grad.reshape(-1, grad.shape[-1])
         if needs_x:
-            grad_x = grad @ (_int8_weights(codes, group_scale, x.shape[-1]) * scale[:, None]).to(grad.dtype)
+            grad_x = grad @ _scale_codes(_int8_weights(codes, group_scale, x.shape[-1]), scale, grad.dtype)
         if needs_weight and ctx.scales:
             grad_weight = _scale_gradient(rows, *more)
         elif needs_weight:
-            grad_weight = (rows.t() @ _rounded(x.reshape(-1, x.shape[-1]), *given).to(grad.dtype)).float()
+            grad_weight = (rows.t() @ _rounded(x.reshape(-1, x.shape[-1]), *given, grad.dtype)).float()
         if needs_bias:
             grad_bias = rows.float().sum(0).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None

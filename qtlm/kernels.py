@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native import _few_rows, _multiply_rows, _round_rows
+from .native import _few_rows, _multiply_rows, _round_rows, _scale_codes
 
 # %% ../nbs/04_kernels.ipynb #errors
 class KernelError(ValueError):
@@ -345,8 +345,7 @@ class _StraightThrough(torch.autograd.Function):
         codes, scale, group_scale = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            w = _int8_weights(codes, group_scale, ctx.width) * scale[:, None]
-            grad_x = grad @ w.to(grad.dtype)
+            grad_x = grad @ _scale_codes(_int8_weights(codes, group_scale, ctx.width), scale, grad.dtype)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype)
         return grad_x, None, None, None, grad_bias, None, None

@@ -300,6 +300,24 @@ static void scale_row(const int32_t* sums, const std::vector<int32_t>& less, int
 }
 """
 
+# %% ../nbs/03b_native.ipynb #scale-codes
+_SCALE_CODES = r"""
+template <class T>
+static void scale_row(const int8_t* codes, int64_t width, float scale, T* y) {
+#pragma omp simd
+  for (int64_t k = 0; k < width; k++) put(codes[k] * scale, y + k);
+}
+
+static void scale_codes(const Tensor& codes, const Tensor& scale, Tensor out) {
+  int64_t width = codes.size(-1);
+  of_floats(out, [&](auto* to) {
+    at::parallel_for(0, scale.numel(), std::max<int64_t>(1, 16384 / width), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i++) scale_row(codes.const_data_ptr<int8_t>() + i * width, width, scale.const_data_ptr<float>()[i], to + i * width);
+    });
+  });
+}
+"""
+
 # %% ../nbs/03b_native.ipynb #multiply-tokens
 _MULTIPLY_TOKENS = r"""
 static void multiply_tokens(const Tensor& q, const Tensor& codes, const Tensor& x_scale, const Tensor& scale, const Maybe& bias, const Maybe& zero_point, Tensor out) {
@@ -333,6 +351,7 @@ _SCHEMAS = (
     "expand_blocks(Tensor codes, Tensor absmax, Tensor pairs, int blocksize, Tensor(a!) out) -> ()",
     "look_back(Tensor q, Tensor kept, Tensor at) -> Tensor",
     "round_tokens(Tensor x, Tensor? scale, Tensor? zero_point) -> (Tensor, Tensor)",
+    "scale_codes(Tensor codes, Tensor scale, Tensor(a!) out) -> ()",
     "multiply_tokens(Tensor q, Tensor codes, Tensor x_scale, Tensor scale, Tensor? bias, Tensor? zero_point, Tensor(a!) out) -> ()",
 )
 _NAMES = [schema.split("(")[0] for schema in _SCHEMAS]
@@ -347,10 +366,8 @@ def _(x, codes, scale, *others):
     return scale.new_empty(x.shape[0], codes.shape[0])
 
 # %% ../nbs/03b_native.ipynb #fakes-others
-@torch.library.register_fake("qtlm::expand_blocks", lib=_LIBRARY)
-@torch.library.register_fake("qtlm::multiply_tokens", lib=_LIBRARY)
-def _(*args):
-    pass
+for _name in ("expand_blocks", "scale_codes", "multiply_tokens"):
+    torch.library.register_fake(f"qtlm::{_name}", lambda *args: None, lib=_LIBRARY)
 
 
 @torch.library.register_fake("qtlm::round_tokens", lib=_LIBRARY)
@@ -365,7 +382,7 @@ def _(q, kept, at):
 # %% ../nbs/03b_native.ipynb #source
 _REGISTER = "TORCH_LIBRARY_IMPL(qtlm, CPU, m) {{ {} }}\n".format(" ".join(f'm.impl("{name}", {name});' for name in _NAMES))
 _PARTS = [_HEAD, _MAGNITUDE, _ROUND_ROW, _ROUND_ROW_BY, _ROWS, _DOTS, _SCALE_SUMS, _MULTIPLY, _INT8]
-_PARTS += [_GROUP_SUM, _DOT4, _INT4, _EXPAND, _DOT, _LOOK, _LOOK_BACK, _OF_FLOATS, _ROUND_TOKENS, _ZERO_SUMS, _SCALE_ROW, _MULTIPLY_TOKENS, _REGISTER]
+_PARTS += [_GROUP_SUM, _DOT4, _INT4, _EXPAND, _DOT, _LOOK, _LOOK_BACK, _OF_FLOATS, _ROUND_TOKENS, _ZERO_SUMS, _SCALE_ROW, _SCALE_CODES, _MULTIPLY_TOKENS, _REGISTER]
 _SOURCE = "".join(_PARTS)
 
 # %% ../nbs/03b_native.ipynb #options
@@ -519,4 +536,13 @@ def _multiply_rows(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_po
         return None
     out, bias = torch.empty(len(q), len(w), dtype=dtype), None if bias is None else bias.float().contiguous()
     torch.ops.qtlm.multiply_tokens(q.contiguous(), w.contiguous(), x_scale.contiguous(), scale.contiguous(), bias, zero_point, out)
+    return out
+
+
+def _scale_codes(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    "Return int8 codes `[..., width]` times the scales of rows `[...]`, made in float32 and rounded once."
+    if torch.compiler.is_compiling() or dtype not in _MANY or not (codes.numel() and _has_loops(codes)):
+        return (codes * scale[..., None]).to(dtype)
+    out = torch.empty(codes.shape, dtype=dtype)
+    torch.ops.qtlm.scale_codes(codes.contiguous(), scale.contiguous(), out)
     return out

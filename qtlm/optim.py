@@ -206,7 +206,7 @@ def _step_groups_(buffers: dict, direction: Tensor, rate: float, keep: float, di
     return u.sub_(whole.view(u.shape)).mul_((g * scale[:, None])[..., None]).flatten(1)
 
 # %% ../nbs/07_optim.ipynb #step-layer
-_CHUNK = 2**16  # weights at a time: what a chunk needs stays in the second-level cache
+_CHUNK = 2**18  # weights at a time: a call costs little beside them, and what they need, a few MB, mostly stays in the cache
 _WEIGHTS = ("codes", "scale", "group_scale")
 
 

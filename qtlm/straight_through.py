@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .kernels import _forward, _multiply, _round_activations, _row_scale
 from .model import _autocast
+from .native import _scale_codes
 from .observers import _grid
 from .rounding import _buffers, _covering, _Grid, _group_grid, _nearest, _row_grid, float_weights, round_weights
 
@@ -87,8 +88,9 @@ class _Step(torch.autograd.Function):
 # %% ../nbs/05b_straight_through.ipynb #floats
 def _floats(q: Tensor, x_scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
     "Return what codes of activations `[M, in]` stand for."
-    x = q.to(dtype) if zero_point is None else q.to(dtype).sub_(zero_point)
-    return x.mul_(x_scale.to(dtype))
+    if zero_point is None:
+        return _scale_codes(q, x_scale[:, 0].to(dtype).float(), dtype)
+    return q.to(dtype).sub_(zero_point).mul_(x_scale.to(dtype))
 
 # %% ../nbs/05b_straight_through.ipynb #product
 class _Product(torch.autograd.Function):
@@ -110,7 +112,7 @@ class _Product(torch.autograd.Function):
         grad_x = grad_w = grad_bias = None
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ (codes * scale[:, None]).to(grad.dtype)).to(ctx.dtypes[0])
+            grad_x = (grad @ _scale_codes(codes, scale, grad.dtype)).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             grad_w = (rows.t() @ _floats(q, x_scale, zero_point, grad.dtype)).to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:

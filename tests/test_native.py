@@ -114,7 +114,7 @@ def test_look_ups_are_the_bits_of_torch(count, kind, blocksize, dtype, double):
 
 @needs_compiler
 @settings(max_examples=100, deadline=None)
-@given(rows=st.integers(9, 60), width=st.integers(2, 90), columns=st.integers(1, 40), kind=KINDS, dtype=DTYPES, with_bias=st.booleans(), zero=st.sampled_from((None, 0, 5)), seed=st.integers(0, 99))
+@given(rows=st.sampled_from((9, 30, 511, 512, 600)), width=st.integers(2, 90), columns=st.sampled_from((1, 7, 40, 513, 1025)), kind=KINDS, dtype=DTYPES, with_bias=st.booleans(), zero=st.sampled_from((None, 0, 5)), seed=st.integers(0, 99))
 def test_many_rows_are_the_bits_of_torch(rows, width, columns, kind, dtype, with_bias, zero, seed):
     x = activations(rows, width, kind, seed).to(dtype)
     codes, scale = quantize_rows(torch.randn(columns, width, generator=torch.Generator().manual_seed(seed)))
@@ -135,9 +135,12 @@ def test_rounding_to_bfloat16():
     bits = torch.arange(0, 2**16).view(-1, 1) * 2**16 + torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     wanted = (bits - (bits >= 2**31) * 2**32).to(torch.int32).view(torch.float32).flatten()
     wanted = wanted[wanted.isfinite() & (wanted.abs() > 1e-37)]  # the sums are 0: what is rounded is the bias
-    sums, one, out = torch.zeros(1, len(wanted), dtype=torch.int32), torch.ones(1, 1), torch.empty(1, len(wanted), dtype=torch.bfloat16)
-    torch.ops.qtlm.scale_tokens(sums, one, torch.ones(len(wanted)), wanted, out)
+    out, none = torch.empty(1, len(wanted), dtype=torch.bfloat16), torch.zeros(len(wanted), 4, dtype=torch.int8)
+    torch.ops.qtlm.multiply_tokens(none[:1], none, torch.ones(1, 1), torch.ones(len(wanted)), wanted, None, out)
     assert torch.equal(out[0], wanted.bfloat16())
+    scales = wanted[: len(wanted) // 2 * 2].view(-1, 2)[:, :1].expand(-1, 3).contiguous()  # the same by the way of codes
+    torch.ops.qtlm.scale_codes(codes := torch.tensor([[1, -1, 3]], dtype=torch.int8).expand(len(scales), 3).contiguous(), scales[:, 0].contiguous(), rounded := torch.empty(scales.shape, dtype=torch.bfloat16))
+    assert torch.equal(rounded, (codes * scales).bfloat16())
 
 
 @needs_compiler
