@@ -2,9 +2,12 @@
 
 Machines are shared and noisy, so nothing here reports an absolute time alone: all calls of one benchmark run in turn, A B C A B C ..., in one
 process, and each is given as the median over rounds of its ratio to the first, within the same round.
+
+Where there is a C++ compiler, the loops of chapter 03b are built first, and used in eager mode, too. QTLM_NATIVE=0 measures without them; a result says which it was.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -15,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from qtlm import ModelConfig, TinyLM
+from qtlm import ModelConfig, NativeError, TinyLM, build_native
 
 RESULTS = Path(__file__).parent / "results"
 ROW_KEYS = ("seconds", "speedup", "speedup_low", "speedup_high")  # what `in_turn` gives; other figures of a row are printed as they are
@@ -23,6 +26,10 @@ ROW_KEYS = ("seconds", "speedup", "speedup_low", "speedup_high")  # what `in_tur
 SHAPE = dict(
     vocab_size=4096, hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024, block_size=256
 )  # fmt: skip
+
+LOOPS = False
+with contextlib.suppress(NativeError):
+    LOOPS = bool(build_native())
 
 
 def tiny_lm(seed: int = 0, **changes) -> TinyLM:
@@ -70,6 +77,7 @@ def machine() -> dict:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
+        "loops": LOOPS,
     }
 
 

@@ -482,6 +482,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'qtlm.demo._Published': ('demo.html#_published', 'qtlm/demo.py'),
                            'qtlm.demo._begin': ('demo.html#_begin', 'qtlm/demo.py'),
                            'qtlm.demo._build': ('demo.html#_build', 'qtlm/demo.py'),
+                           'qtlm.demo._build_loops': ('demo.html#_build_loops', 'qtlm/demo.py'),
                            'qtlm.demo._check_same_settings': ('demo.html#_check_same_settings', 'qtlm/demo.py'),
                            'qtlm.demo._demo_config': ('demo.html#_demo_config', 'qtlm/demo.py'),
                            'qtlm.demo._figures': ('demo.html#_figures', 'qtlm/demo.py'),

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .demo import _build, _demo_config, _further, _load_settings, _notes, _progress, _read_text, _table, run_demo
+from .demo import _build, _build_loops, _demo_config, _further, _load_settings, _notes, _progress, _read_text, _table, run_demo
 
 # %% ../nbs/13b_commands.ipynb #result
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ def _train(
     vit = path is not None and _is_vit(path)
     if print_config or print_schema:
         return _printed(path, pairs, vit, print_schema)
+    _build_loops()
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     return (_train_vit if vit else _train_text)(path, pairs, resume or ("auto" if restarted else None))
 
@@ -241,6 +242,7 @@ def _finetune(
 
     _, train, held_out = _read_text(config, loaded.vocab)
     known = len(held_out) > 1
+    _build_loops()
     trainer = Trainer(model, config, train_data=train, eval_data=held_out if known else None, vocab=loaded.vocab)
     before = trainer.evaluate()["loss"] if known else None
     trainer.train(resume_from_checkpoint=resume or None)

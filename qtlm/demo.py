@@ -6,7 +6,9 @@
 __all__ = ['other_text', 'run_demo']
 
 # %% ../nbs/13a_demo.ipynb #imports
+import contextlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterable
@@ -27,6 +29,16 @@ def _progress(
     from tqdm import tqdm
 
     return tqdm(items, desc=what, total=total, file=sys.stderr)
+
+# %% ../nbs/13a_demo.ipynb #loops
+def _build_loops() -> None:
+    "Build the loops in C++ (chapter 03b), if they are not there and can be built."
+    from qtlm.native import NativeError, _compiler, _is_loaded, build_native
+
+    with contextlib.suppress(NativeError):
+        if not _is_loaded() and os.environ.get("QTLM_NATIVE") != "0" and _compiler():
+            print("building loops in C++ (once on this machine) ...", file=sys.stderr, flush=True)
+            build_native()
 
 # %% ../nbs/13a_demo.ipynb #read-text
 def _read_text(config, vocab=None) -> tuple:
@@ -434,6 +446,7 @@ def run_demo(
 ) -> dict:  # what `report.json` holds: plain numbers, strings, dicts and lists
     "Train, save, quantize, go on with QAT, fine-tune in INT4, reload, compare, let each model write; raise `ConfigError` or `DataError` before any step."
     job = _begin(config, Path(out), other)
+    _build_loops()
     trainer = _train_run(job, "float32", _build(job.runs["float32"], job.vocab))
     published = _shrink(job, trainer)
     published["INT4 QAT"], longer = _go_on(job, trainer.model)
