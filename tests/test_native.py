@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtlm import TinyLM, build_native, native, quantize_model_ptq
+from qtlm import TinyLM, Trainer, build_native, native, prepare_qat, quantize_model_ptq
 from qtlm.blockwise import dequantize_blockwise, quantize_blockwise
 from qtlm.cache import KVCache
 from qtlm.config import ModelConfig
@@ -181,6 +181,28 @@ def test_gradients_and_functional_transforms(torch_only):
     assert torch.equal(grad(), torch_only(grad))
     x = torch.randn(4, 2, 32)
     assert torch.equal(torch.func.vmap(lambda rows: int8_linear(rows, codes, scale))(x), int8_linear(x, codes, scale))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("way", ["QAT INT8", "QAT INT4, static", "fine-tuned INT4", "scales of INT8"])
+def test_training_gives_the_same_bits(torch_only, way, dtype):
+    def train():
+        torch.manual_seed(0)
+        model = TinyLM(ModelConfig(vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, block_size=16))
+        batches = [torch.randint(0, 61, (4, 17), generator=torch.Generator().manual_seed(n)) for n in range(3)]
+        more = {}
+        if "QAT" in way:
+            static = {"type": "static", "symmetric": False, "calibration_data": batches} if "static" in way else {}
+            model = prepare_qat(model, bits=int(way[7]), **static)
+        else:
+            model, more = quantize_model_ptq(model, bits=int(way[-1])), {"enable_quantized_finetuning": True, "quantized_finetuning": "scales" if "scales" in way else "weights"}
+        trainer = Trainer(model, dtype=dtype, batch_size=4, block_size=16, progress=False, output_dir=None, **more)
+        losses = [trainer.training_step(batch) for batch in batches]
+        return losses, trainer.model.state_dict()
+
+    (losses, state), (plain_losses, plain) = train(), torch_only(train)
+    assert losses == plain_losses and all(torch.equal(state[name], plain[name]) for name in plain)
 
 
 @needs_compiler
