@@ -131,7 +131,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'qtlm.blockwise._linear': ('blockwise.html#_linear', 'qtlm/blockwise.py'),
                                 'qtlm.blockwise._linear_backward': ('blockwise.html#_linear_backward', 'qtlm/blockwise.py'),
                                 'qtlm.blockwise._look_up': ('blockwise.html#_look_up', 'qtlm/blockwise.py'),
-                                'qtlm.blockwise._look_up_piece': ('blockwise.html#_look_up_piece', 'qtlm/blockwise.py'),
                                 'qtlm.blockwise._nearest_codes': ('blockwise.html#_nearest_codes', 'qtlm/blockwise.py'),
                                 'qtlm.blockwise._pairs': ('blockwise.html#_pairs', 'qtlm/blockwise.py'),
                                 'qtlm.blockwise._position_codes': ('blockwise.html#_position_codes', 'qtlm/blockwise.py'),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .layers import QuantizationError
 from .model import _autocast
-from .native import _has_loops
+from .native import _FLOATS, _has_loops
 
 # %% ../nbs/04g_blockwise.ipynb #nf4
 NF4 = torch.tensor([  # quantiles of the normal distribution (Dettmers et al. 2023, appendix E), written out so that every machine has the same
@@ -72,27 +72,22 @@ def _pairs(quant_type: str, device: torch.device) -> Tensor:
     byte, table = torch.arange(256, device="cpu"), _TABLES[quant_type]
     return torch.stack([table[byte >> 4], table[byte & 15]], 1).view(torch.int64).flatten().to(device)
 
-# %% ../nbs/04g_blockwise.ipynb #look-up-piece
-def _look_up_piece(codes: Tensor, absmax: Tensor, pairs: Tensor, index: Tensor, out: Tensor) -> None:
-    "Write the weights of blocks to `out`, float32 `[blocks, blocksize]`; `index` is room for as many int32 as there are codes."
-    if _has_loops(codes):
-        torch.ops.qtlm.expand_blocks(codes.contiguous(), absmax.contiguous(), pairs, out.shape[1], out)
-        return
-    places = index[: len(codes)].copy_(codes)
-    torch.index_select(pairs, 0, places, out=out.view(torch.int64).view(-1)[: len(codes)])
-    out.mul_(absmax[:, None])
-
 # %% ../nbs/04g_blockwise.ipynb #look-up
 @torch.no_grad()
 def _look_up(codes: Tensor, absmax: Tensor, quant_type: str, blocksize: int, dtype: torch.dtype) -> Tensor:
     "Return the weights of whole blocks in a row; what follows the last code is undefined."
     out = torch.empty(len(absmax), blocksize, dtype=dtype, device=codes.device)
+    if dtype in _FLOATS and _has_loops(codes):
+        torch.ops.qtlm.expand_blocks(codes.contiguous(), absmax.contiguous(), _pairs(quant_type, codes.device), out)
+        return out.view(-1)
     rows = min(len(out), _PIECE // blocksize) if codes.device.type == "cpu" else len(out)
     index = torch.empty(rows * blocksize // 2, dtype=torch.int32, device=codes.device)  # one for all pieces
     scratch = None if dtype == torch.float32 else torch.empty(rows, blocksize, dtype=torch.float32, device=codes.device)
-    for piece, bytes_, scales in zip(out.split(rows), codes.split(len(index)), absmax.split(rows)):
+    for piece, bytes_, scales in zip(out.split(rows), codes.split(len(index)), absmax[:, None].split(rows)):
         floats = piece if scratch is None else scratch[: len(piece)]
-        _look_up_piece(bytes_, scales, _pairs(quant_type, codes.device), index, floats)
+        places = index[: len(bytes_)].copy_(bytes_)
+        torch.index_select(_pairs(quant_type, codes.device), 0, places, out=floats.view(torch.int64).view(-1)[: len(bytes_)])
+        floats.mul_(scales)
         if floats is not piece:
             piece.copy_(floats)
     return out.view(-1)

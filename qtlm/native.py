@@ -185,19 +185,44 @@ static Tensor int4_rows(const Tensor& x, const Tensor& codes, const Tensor& scal
 }
 """
 
+# %% ../nbs/03b_native.ipynb #of-floats
+_OF_FLOATS = r"""
+static void put(float v, float* y) { *y = v; }
+
+static void put(float v, at::BFloat16* y) {
+  uint32_t bits = std::bit_cast<uint32_t>(v);
+  y->x = v != v ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+template <class Use>
+static void of_floats(const Tensor& x, Use use) {
+  x.scalar_type() == at::kBFloat16 ? use((at::BFloat16*)x.const_data_ptr()) : use((float*)x.const_data_ptr());
+}
+"""
+
 # %% ../nbs/03b_native.ipynb #expand
 _EXPAND = r"""
-static void expand_blocks(const Tensor& codes, const Tensor& absmax, const Tensor& pairs, int64_t blocksize, Tensor out) {
-  const uint8_t* from = codes.const_data_ptr<uint8_t>();
-  const int64_t* table = pairs.const_data_ptr<int64_t>();  // two floats an entry
-  float* to = out.mutable_data_ptr<float>();
-  int64_t half = blocksize / 2, bytes = codes.numel();
-  at::parallel_for(0, absmax.numel(), std::max<int64_t>(1, 65536 / blocksize), [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; b++) {
-      float *y = to + b * blocksize, scale = absmax.const_data_ptr<float>()[b];
-      for (int64_t k = 0; k < std::min(half, bytes - b * half); k++) std::memcpy(y + 2 * k, table + from[b * half + k], 8);
-      for (int64_t k = 0; k < blocksize; k++) y[k] *= scale;
-    }
+template <class T>
+static void expand_run(const uint8_t* codes, int64_t count, const int64_t* pairs, const float* scale, int64_t half, float* values, T* y) {
+  for (int64_t k = 0; k < count; k++) std::memcpy(values + 2 * k, pairs + codes[k], 8);  // a pair: two floats
+  for (int64_t first = 0; first < count; first += half, scale++) {
+    float by = *scale;
+#pragma omp simd
+    for (int64_t k = 2 * first; k < 2 * std::min(first + half, count); k++) put(values[k] * by, y + k);
+  }
+}
+
+static void expand_blocks(const Tensor& codes, const Tensor& absmax, const Tensor& pairs, Tensor out) {
+  int64_t bytes = codes.numel(), half = out.size(1) / 2, blocks = std::max<int64_t>(1, 2048 / half), run = blocks * half;  // 16 KB of values at a time
+  of_floats(out, [&](auto* to) {
+    at::parallel_for(0, (bytes + run - 1) / run, 16, [&](int64_t first, int64_t last) {
+      std::vector<float> values(2 * run);
+      for (int64_t r = first; r < last; r++) {
+        const uint8_t* from = codes.const_data_ptr<uint8_t>() + r * run;
+        const float* scale = absmax.const_data_ptr<float>() + r * blocks;
+        expand_run(from, std::min(run, bytes - r * run), pairs.const_data_ptr<int64_t>(), scale, half, values.data(), to + 2 * r * run);
+      }
+    });
   });
 }
 """
@@ -244,14 +269,6 @@ static Tensor look_back(const Tensor& q, const Tensor& kept, const Tensor& at) {
 }
 """
 
-# %% ../nbs/03b_native.ipynb #of-floats
-_OF_FLOATS = r"""
-template <class Use>
-static void of_floats(const Tensor& x, Use use) {
-  x.scalar_type() == at::kBFloat16 ? use((at::BFloat16*)x.const_data_ptr()) : use((float*)x.const_data_ptr());
-}
-"""
-
 # %% ../nbs/03b_native.ipynb #round-tokens
 _ROUND_TOKENS = r"""
 static std::tuple<Tensor, Tensor> round_tokens(const Tensor& x, const Maybe& scale, const Maybe& zero_point) {
@@ -284,13 +301,6 @@ static std::vector<int32_t> zero_sums(const Tensor& codes, const Maybe& zero_poi
 
 # %% ../nbs/03b_native.ipynb #scale-row
 _SCALE_ROW = r"""
-static void put(float v, float* y) { *y = v; }
-
-static void put(float v, at::BFloat16* y) {
-  uint32_t bits = std::bit_cast<uint32_t>(v);
-  y->x = v != v ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
 template <class T>
 static void scale_row(const int32_t* sums, const std::vector<int32_t>& less, int64_t width, float x_scale, const float* scale, const float* bias, T* y) {
   for (int64_t n = 0; n < width; n++) {
@@ -348,7 +358,7 @@ static void multiply_tokens(const Tensor& q, const Tensor& codes, const Tensor& 
 _SCHEMAS = (
     "int8_rows(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? input_scale, Tensor? zero_point) -> Tensor",
     "int4_rows(Tensor x, Tensor codes, Tensor scale, Tensor group_scale, Tensor? bias, Tensor? input_scale, Tensor? zero_point) -> Tensor",
-    "expand_blocks(Tensor codes, Tensor absmax, Tensor pairs, int blocksize, Tensor(a!) out) -> ()",
+    "expand_blocks(Tensor codes, Tensor absmax, Tensor pairs, Tensor(a!) out) -> ()",
     "look_back(Tensor q, Tensor kept, Tensor at) -> Tensor",
     "round_tokens(Tensor x, Tensor? scale, Tensor? zero_point) -> (Tensor, Tensor)",
     "scale_codes(Tensor codes, Tensor scale, Tensor(a!) out) -> ()",
@@ -382,7 +392,7 @@ def _(q, kept, at):
 # %% ../nbs/03b_native.ipynb #source
 _REGISTER = "TORCH_LIBRARY_IMPL(qtlm, CPU, m) {{ {} }}\n".format(" ".join(f'm.impl("{name}", {name});' for name in _NAMES))
 _PARTS = [_HEAD, _MAGNITUDE, _ROUND_ROW, _ROUND_ROW_BY, _ROWS, _DOTS, _SCALE_SUMS, _MULTIPLY, _INT8]
-_PARTS += [_GROUP_SUM, _DOT4, _INT4, _EXPAND, _DOT, _LOOK, _LOOK_BACK, _OF_FLOATS, _ROUND_TOKENS, _ZERO_SUMS, _SCALE_ROW, _SCALE_CODES, _MULTIPLY_TOKENS, _REGISTER]
+_PARTS += [_GROUP_SUM, _DOT4, _INT4, _OF_FLOATS, _EXPAND, _DOT, _LOOK, _LOOK_BACK, _ROUND_TOKENS, _ZERO_SUMS, _SCALE_ROW, _SCALE_CODES, _MULTIPLY_TOKENS, _REGISTER]
 _SOURCE = "".join(_PARTS)
 
 # %% ../nbs/03b_native.ipynb #options
@@ -519,12 +529,12 @@ def _few_rows(
     return torch.ops.qtlm.int4_rows(x, codes, scale, group_scale.contiguous(), *given)
 
 # %% ../nbs/03b_native.ipynb #many-rows
-_MANY = (torch.float32, torch.bfloat16)
+_FLOATS = (torch.float32, torch.bfloat16)  # that the loops read and write
 
 
 def _round_rows(x: Tensor, input_scale: Tensor | None = None, zero_point: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
     "Return int8 codes of tokens `[..., features]` and their scales `[..., 1]`, or None where that is better off in torch."
-    if torch.compiler.is_compiling() or x.requires_grad and torch.is_grad_enabled() or x.dtype not in _MANY or not (x.numel() and x.dim() and _has_loops(x)):
+    if torch.compiler.is_compiling() or x.requires_grad and torch.is_grad_enabled() or x.dtype not in _FLOATS or not (x.numel() and x.dim() and _has_loops(x)):
         return None
     q, scale = torch.ops.qtlm.round_tokens(x.reshape(-1, x.shape[-1]).contiguous(), input_scale, zero_point)
     return q.view(x.shape), scale.view(*x.shape[:-1], 1)
@@ -532,7 +542,7 @@ def _round_rows(x: Tensor, input_scale: Tensor | None = None, zero_point: Tensor
 
 def _multiply_rows(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     "Return (q - zero_point) @ w.t() * x_scale * scale + bias, or None where that is better off in torch."
-    if dtype not in _MANY or not (q.numel() and w.numel()) or x_scale.numel() != len(q) or not _has_loops(q):
+    if dtype not in _FLOATS or not (q.numel() and w.numel()) or x_scale.numel() != len(q) or not _has_loops(q):
         return None
     out, bias = torch.empty(len(q), len(w), dtype=dtype), None if bias is None else bias.float().contiguous()
     torch.ops.qtlm.multiply_tokens(q.contiguous(), w.contiguous(), x_scale.contiguous(), scale.contiguous(), bias, zero_point, out)
@@ -541,7 +551,7 @@ def _multiply_rows(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_po
 
 def _scale_codes(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     "Return int8 codes `[..., width]` times the scales of rows `[...]`, made in float32 and rounded once."
-    if torch.compiler.is_compiling() or dtype not in _MANY or not (codes.numel() and _has_loops(codes)):
+    if torch.compiler.is_compiling() or dtype not in _FLOATS or not (codes.numel() and _has_loops(codes)):
         return (codes * scale[..., None]).to(dtype)
     out = torch.empty(codes.shape, dtype=dtype)
     torch.ops.qtlm.scale_codes(codes.contiguous(), scale.contiguous(), out)
