@@ -232,8 +232,6 @@ def _shifted_rows(q: Tensor, zero_point: Tensor | None) -> Tensor:
 
 def _product_in_place(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     "Return (q - zero_point) @ w.t() * x_scale * scale + bias, the integer sums made in the memory of the result."
-    if (tiled := _multiply_rows(q, w, x_scale, scale, zero_point, bias, dtype)) is not None:
-        return tiled
     rows = _rows(_shifted_rows(q, zero_point))
     y = torch.empty(rows.shape[0], w.shape[0], device=q.device, dtype=torch.float32)
     sums = y.view(torch.int32)
@@ -297,6 +295,9 @@ def _product_in_blocks(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zer
 def _multiply(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     "Return the product of rounded inputs and int8 weights, by the way that is the faster one here."
     plain = q.device.type == "cpu" and _EXACT and q.shape[1] > 1  # where `torch._int_mm` itself may be called
+    own = _large_result(x_scale, w.shape[0], dtype) if _recycles(q.shape[0] * w.shape[0] * dtype.itemsize, q.device) else None
+    if plain and (tiled := _multiply_rows(q, w, x_scale, scale, zero_point, bias, dtype, own)) is not None:
+        return tiled
     traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(q)
     return (_product_in_place if plain and not traced else _product_in_blocks)(q, w, x_scale, scale, zero_point, bias, dtype)
 

@@ -540,11 +540,14 @@ def _round_rows(x: Tensor, input_scale: Tensor | None = None, zero_point: Tensor
     return q.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
-def _multiply_rows(q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    "Return (q - zero_point) @ w.t() * x_scale * scale + bias, or None where that is better off in torch."
+def _multiply_rows(
+    q: Tensor, w: Tensor, x_scale: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor | None:
+    "Return (q - zero_point) @ w.t() * x_scale * scale + bias, in `out` if that is given, or None where that is better off in torch."
     if dtype not in _FLOATS or not (q.numel() and w.numel()) or x_scale.numel() != len(q) or not _has_loops(q):
         return None
-    out, bias = torch.empty(len(q), len(w), dtype=dtype), None if bias is None else bias.float().contiguous()
+    out = torch.empty(len(q), len(w), dtype=dtype) if out is None else out
+    bias = None if bias is None else bias.float().contiguous()
     torch.ops.qtlm.multiply_tokens(q.contiguous(), w.contiguous(), x_scale.contiguous(), scale.contiguous(), bias, zero_point, out)
     return out
 
