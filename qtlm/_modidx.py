@@ -183,6 +183,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'qtlm.cache._look_back': ('cache.html#_look_back', 'qtlm/cache.py'),
                             'qtlm.cache._mask': ('cache.html#_mask', 'qtlm/cache.py'),
                             'qtlm.cache._read': ('cache.html#_read', 'qtlm/cache.py'),
+                            'qtlm.cache._read_single': ('cache.html#_read_single', 'qtlm/cache.py'),
                             'qtlm.cache._scheme': ('cache.html#_scheme', 'qtlm/cache.py'),
                             'qtlm.cache._stack': ('cache.html#_stack', 'qtlm/cache.py'),
                             'qtlm.cache._turn': ('cache.html#_turn', 'qtlm/cache.py'),

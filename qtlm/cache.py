@@ -180,11 +180,17 @@ def _read(plan: _Plan, stores: list[_Store], ids: Tensor, cos: Tensor, sin: Tens
         x = x + layer.down_proj(F.silu(gate) * up)
     return plan.head(plan.norm(x[:, -1] if last is None else x[torch.arange(len(x), device=x.device), last]))
 
+# %% ../nbs/09b_cache.ipynb #read-single
+def _read_single(plan: _Plan, stores: list[_Store], tables: list[Tensor], ids: Tensor, at: Tensor) -> Tensor:
+    "Read tokens `[B, 1]` at the places `at` `[B]`; return the logits `[B, vocab_size]`."
+    cos, sin = (table[at].unsqueeze(1) for table in tables)
+    return _read(plan, stores, ids, cos, sin, at, _mask(at, ids.device, len(tables[0])), None)
+
 # %% ../nbs/09b_cache.ipynb #compile-read
 def _compile_read(device: torch.device):
-    "Return a `_read` for single tokens of one plan with its blocks, compiled."
-    own = FunctionType(_read.__code__.replace(), _read.__globals__, _read.__name__)
-    given = re.compile(r"(L\[')?(plan|stores)\b|G\[")  # parts of the cache, and of this package
+    "Return a `_read_single` of one plan with its blocks, compiled."
+    own = FunctionType(_read_single.__code__.replace(), _read_single.__globals__, _read_single.__name__)
+    given = re.compile(r"(L\[')?(plan|stores|tables)\b|G\[")  # parts of the cache, and of this package
     asked = lambda guards: [not given.match(guard.name) for guard in guards]
     options = {"guard_filter_fn": asked, "size_asserts": False, "cpp_wrapper": device.type == "cpu"}
     return torch.compile(own, dynamic=False, options=options)
@@ -263,15 +269,12 @@ class KVCache:
     def _extend(self, ids: Tensor, lengths: list[int] | None = None) -> Tensor:
         new, start, device = ids.shape[1], self.lengths[0], ids.device
         if new == 1 and (self._single or self.lengths.count(start) < self.batch_size):
-            at = torch.tensor(self.lengths, device=device)
-            cos, sin = (table[at].unsqueeze(1) for table in self._tables)
+            ids = ids.clone(memory_format=torch.contiguous_format)  # of any other stride it would be another program
+            logits = (self._single or _read_single)(self._plan, self._stores, self._tables, ids, torch.tensor(self.lengths, device=device))
         else:
             at = slice(start, start + new)
             cos, sin = (table[at] for table in self._tables)
-        last = None if lengths is None else torch.tensor(lengths, device=device) - 1
-        read = _read
-        if self._single and isinstance(at, Tensor):
-            read, ids = self._single, ids.clone(memory_format=torch.contiguous_format)  # of any other stride it would be another program
-        logits = read(self._plan, self._stores, ids, cos, sin, at, _mask(at, device, self.max_length), last)
+            last = None if lengths is None else torch.tensor(lengths, device=device) - 1
+            logits = _read(self._plan, self._stores, ids, cos, sin, at, _mask(at, device, self.max_length), last)
         self.lengths = [n + m for n, m in zip(self.lengths, lengths or [new] * self.batch_size)]
         return logits
