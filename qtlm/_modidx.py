@@ -898,7 +898,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'qtlm.modes.make_trainable_': ('modes.html#make_trainable_', 'qtlm/modes.py'),
                             'qtlm.modes.set_phase_': ('modes.html#set_phase_', 'qtlm/modes.py')},
             'qtlm.native': { 'qtlm.native.NativeError': ('native.html#nativeerror', 'qtlm/native.py'),
-                             'qtlm.native._': ('native.html#_', 'qtlm/native.py'),
                              'qtlm.native._build': ('native.html#_build', 'qtlm/native.py'),
                              'qtlm.native._can_build': ('native.html#_can_build', 'qtlm/native.py'),
                              'qtlm.native._compile': ('native.html#_compile', 'qtlm/native.py'),

@@ -365,29 +365,20 @@ _SCHEMAS = (
     "multiply_tokens(Tensor q, Tensor codes, Tensor x_scale, Tensor scale, Tensor? bias, Tensor? zero_point, Tensor(a!) out) -> ()",
 )
 _NAMES = [schema.split("(")[0] for schema in _SCHEMAS]
-_LIBRARY = torch.library.Library("qtlm", "FRAGMENT")
-for _schema in _SCHEMAS:
-    _LIBRARY.define(_schema)
 
 # %% ../nbs/03b_native.ipynb #fakes
-@torch.library.register_fake("qtlm::int8_rows", lib=_LIBRARY)
-@torch.library.register_fake("qtlm::int4_rows", lib=_LIBRARY)
-def _(x, codes, scale, *others):
-    return scale.new_empty(x.shape[0], codes.shape[0])
+_SHAPES = {  # of what comes out; the others write into a tensor that they are given
+    "int8_rows": lambda x, codes, scale, *others: scale.new_empty(x.shape[0], codes.shape[0]),
+    "int4_rows": lambda x, codes, scale, *others: scale.new_empty(x.shape[0], codes.shape[0]),
+    "round_tokens": lambda x, *others: (x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)),
+    "look_back": lambda q, kept, at: q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3]),
+}
 
-# %% ../nbs/03b_native.ipynb #fakes-others
-for _name in ("expand_blocks", "scale_codes", "multiply_tokens"):
-    torch.library.register_fake(f"qtlm::{_name}", lambda *args: None, lib=_LIBRARY)
-
-
-@torch.library.register_fake("qtlm::round_tokens", lib=_LIBRARY)
-def _(x, scale, zero_point):
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
-
-
-@torch.library.register_fake("qtlm::look_back", lib=_LIBRARY)
-def _(q, kept, at):
-    return q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3])
+# %% ../nbs/03b_native.ipynb #define
+for _name, _schema in zip(_NAMES, _SCHEMAS):
+    if not hasattr(torch.ops.qtlm, _name):
+        torch.library.define(f"qtlm::{_name}", _schema.removeprefix(_name))
+    torch.library.register_fake(f"qtlm::{_name}", _SHAPES.get(_name, lambda *args: None), allow_override=True)
 
 # %% ../nbs/03b_native.ipynb #source
 _REGISTER = "TORCH_LIBRARY_IMPL(qtlm, CPU, m) {{ {} }}\n".format(" ".join(f'm.impl("{name}", {name});' for name in _NAMES))
@@ -402,8 +393,10 @@ _OPTIONS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-fno-
 
 def _processor() -> str:
     "Return what this processor is and can do."
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().split("\n\n")[0].splitlines() if told.exists() else [platform.processor()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        lines = [platform.processor()]
     return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features")) or len(lines) == 1)
 
 # %% ../nbs/03b_native.ipynb #place
@@ -436,7 +429,7 @@ def _is_loaded() -> bool:
         return False
     try:
         _load(_place())
-    except OSError:
+    except (OSError, RuntimeError):  # not there, not whole; or nobody knows where home is
         return False
     return True
 
@@ -465,18 +458,21 @@ def _compile(compiler: str, out: Path) -> None:
     raise NativeError(f"native: {compiler} failed ({reason[:200]}). Everything works without, only slower.")
 
 # %% ../nbs/03b_native.ipynb #build
-def _build(place: Path) -> None:
+def _build() -> None:
     "Compile into a folder of its own, then put the library in its place: whole or not at all."
     compiler = _compiler()
     try:
+        place = _place()
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as folder:
             _compile(compiler, Path(folder) / "new.so")
             _seal(Path(folder) / "new.so")
             os.replace(Path(folder) / "new.so", place)
         _load(place)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise NativeError(f"native: can't build {place} ({error}). Everything works without, only slower.") from None
+    except NativeError:
+        raise
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        raise NativeError(f"native: can't build the loops ({error}). Everything works without, only slower.") from None
 
 # %% ../nbs/03b_native.ipynb #build-native
 def build_native() -> Path: # the library
@@ -486,7 +482,7 @@ def build_native() -> Path: # the library
     if os.environ.get("QTLM_NATIVE") == "0":
         raise NativeError("native: found QTLM_NATIVE=0 in the environment; expected another value, or none.")
     if not _is_loaded():
-        _build(_place())
+        _build()
         _is_loaded.cache_clear()
     return _place()
 

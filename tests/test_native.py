@@ -304,9 +304,10 @@ def test_a_broken_library_is_left_alone_and_made_anew(tmp_path, library):
         ({"QTLM_NATIVE": "0"}, "native: found QTLM_NATIVE=0 in the environment; expected another value, or none."),
         ({"PATH": "/nowhere", "CXX": None}, "native: found none of c++, g++, clang++; expected a C++ compiler. Everything works without, only slower."),
         ({"CXX": "false"}, "native: false failed (). Everything works without, only slower."),
-        ({"QTLM_CACHE": "/dev/null"}, "native: can't build /dev/null/native-"),
+        ({"QTLM_CACHE": "/dev/null"}, "native: can't build the loops ([Errno 17] File exists: '/dev/null'"),
+        ({"QTLM_CACHE": "~nobody-of-that-name/x"}, "native: can't build the loops (Could not determine home directory.). Everything works without, only slower."),
     ],
-    ids=["off", "no compiler", "a compiler that fails", "no place"],
+    ids=["off", "no compiler", "a compiler that fails", "no place", "no home"],
 )
 def test_where_it_cannot_be_built_one_line_says_so_and_all_goes_on(tmp_path, env, said):
     done = python(REPORT, **{"QTLM_CACHE": str(tmp_path), **env})
