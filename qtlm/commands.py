@@ -77,6 +77,7 @@ def _train_text(path: str | None, pairs: list[str], resume: bool | str | None) -
 
     vocab, train, held_out = _read_text(config)
     known = len(held_out) > 1
+    _build_loops()
     trainer = Trainer(_build(config, vocab), config, train_data=train, eval_data=held_out if known else None, vocab=vocab)
     trainer.train(resume_from_checkpoint=resume)
     done = _summary(trainer, known)
@@ -91,6 +92,7 @@ def _train_vit(path: str, pairs: list[str], resume: bool | str | None) -> _Resul
     from qtlm.adapt import adapt_vit
     from qtlm.checkpoint import latest_checkpoint
 
+    _build_loops()
     found = adapt_vit(path, *pairs, resume=resume or False)
     data = {"run": str(found.run_dir), "checkpoint": str(latest_checkpoint(found.run_dir)), "step": found.trainer.step}
     data |= {"loss": found.trainer.history.losses[-1], "accuracy": found.accuracy, "tested": found.tested, "classes": list(found.classes)}
@@ -122,7 +124,6 @@ def _train(
     vit = path is not None and _is_vit(path)
     if print_config or print_schema:
         return _printed(path, pairs, vit, print_schema)
-    _build_loops()
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     return (_train_vit if vit else _train_text)(path, pairs, resume or ("auto" if restarted else None))
 
