@@ -207,6 +207,9 @@ def _check_extend(cache: "KVCache", ids: Tensor, lengths: object) -> None:
     "Refuse tokens that are not for this cache."
     _check_input_ids(ids, cache.model.config, cache.model.rope_cos.device)
     rows, new = ids.shape
+    norm, store = cache.model.model.norm.weight, cache._stores[0]
+    if (norm.dtype, norm.device) != (store.dtype, store.values.device):
+        raise ModelInputError(f"KVCache: the model has gone to {norm.dtype} on {norm.device}; expected {store.dtype} on {store.values.device}. Make a new cache.")
     if rows != cache.batch_size:
         raise ModelInputError(f"KVCache: ids has {rows} rows; expected {cache.batch_size}, the batch_size of this cache.")
     if lengths is not None:

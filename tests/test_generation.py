@@ -1,5 +1,6 @@
 # python -m pytest tests/test_generation.py
 "Contracts of qtlm.generation: the filters against plain Python, what `generate` promises for any module, and what it refuses."
+import copy
 import math
 from types import SimpleNamespace
 
@@ -481,6 +482,18 @@ def test_changed_models_write_what_they_would_without_a_cache(model, make):
     assert torch.equal(out, generate(changed, ids(2, 3), 12, temperature=0, cache=False))
     assert not torch.equal(out, generate(model, ids(2, 3), 12, temperature=0)) or make in ("qat", "static")
     assert all(torch.equal(value, before[name]) for name, value in changed.state_dict().items())
+
+
+def test_a_cache_of_a_model_that_has_gone_elsewhere(model):
+    moved = copy.deepcopy(model)
+    cache = KVCache(moved)
+    cache.extend(ids(1, 3))
+    moved.bfloat16()
+    with pytest.raises(ModelInputError, match=r"the model has gone to torch.bfloat16 on cpu; expected torch.float32 on cpu. Make a new cache."):
+        cache.extend(ids(1, 1))
+    assert cache.lengths == [3]
+    moved.float()
+    cache.extend(ids(1, 1))
 
 
 def test_autocast_and_a_cache(model):
