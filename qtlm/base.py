@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .parallel import _full
 from .storage import CheckpointCorruptedError, CheckpointMismatchError
 
 # %% ../nbs/07c_base.ipynb #owner
@@ -45,7 +46,7 @@ def digest_tensors(
     "Return one digest for all of these tensors: of their names, dtypes, shapes and bytes, in the order of their names."
     digest = hashlib.sha256()
     for name, t in sorted(tensors.items()):
-        t = t.detach().as_subclass(Tensor).cpu().contiguous()
+        t = _full(t.detach()).as_subclass(Tensor).cpu().contiguous()
         digest.update(f"{name} {t.dtype} {list(t.shape)}\n".encode())
         digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()) if t.numel() else b"")
     return digest.hexdigest()

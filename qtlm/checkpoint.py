@@ -26,6 +26,7 @@ from .base import _environment, _frozen_of, _load_tensors_, describe_frozen
 from .config import LoRAConfig, ModelConfig, QuantizationConfig, TrainingConfig, ViTConfig
 from .data import Vocab, load_vocab
 from .model import TinyLM
+from .parallel import _all_finite
 from .finetuning import trainable_tensors
 from .layers import QuantizationError
 from .qat import restore_qat
@@ -91,7 +92,7 @@ def _refuse_nonfinite(error: type, path, model: nn.Module, tensors: dict[str, Te
         name = name.replace("_orig_mod.", "")
         t = tensors.get(name)
         if t is None or not (t.is_floating_point() or t.is_complex()): continue
-        if not torch.isfinite(t.float() if t.itemsize == 1 else t).all():  # isfinite does not know 8-bit floats
+        if not _all_finite(t):
             raise error(path, f"{name} holds NaN or infinity", "finite weights", "Go back to an earlier step.", file="model.pt")
 
 # %% ../nbs/08_checkpoint.ipynb #check-vocab
@@ -131,14 +132,16 @@ def _param_names(model: nn.Module, optimizer) -> list[list[str]]:
     return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
 
 # %% ../nbs/08_checkpoint.ipynb #gather
-def _gather(model, optimizer, config, vocab, step, trainer, metrics, save_frozen) -> dict[str, bytes]:
+def _gather(model, optimizer, config, vocab, step, trainer, metrics, save_frozen, parts=None) -> dict[str, bytes]:
     "Return the content of every file of a checkpoint but its seal; `metadata.json` comes last and names the others."
     live, metadata, files = _live(model), _metadata(model, step, config, vocab, metrics), {}
-    if not save_frozen and (frozen := describe_frozen(model)):
+    if not save_frozen and (frozen := describe_frozen(model) if parts is None else parts.frozen):
         live = {name: t for name, t in live.items() if name not in frozen["tensors"]}
         metadata |= {"frozen": frozen, "aliases": {name: first for name, first in metadata["aliases"].items() if first in live}}
-    files["model.pt"] = to_pt({n: t for n, t in live.items() if n not in metadata["aliases"]}, "model.pt")
-    _refuse_nonfinite(CheckpointWriteError, "model", model, live)
+    if parts is None:
+        files["model.pt"] = to_pt({n: t for n, t in live.items() if n not in metadata["aliases"]}, "model.pt")
+        _refuse_nonfinite(CheckpointWriteError, "model", model, live)
+    else: files, metadata = dict(parts.shards), metadata | {"environment": parts.environment}
     _check_vocab(CheckpointWriteError, "vocab", vocab, model)
     if optimizer is not None:
         names, state = _param_names(model, optimizer), optimizer.state_dict()
@@ -166,6 +169,7 @@ def save_checkpoint(
     save_frozen: bool = True,  # False: a digest in place of what training does not change; to load it, a model that has it must be given
     overwrite: bool = True,  # whether a different checkpoint of the same step may be replaced
     timeout: float = 60.0,  # seconds to wait while another process saves into `path`
+    parts: Any = None,  # of a model that was cut: what `in_parts` gave (chapter 07d); `model` and `optimizer` are then its own
 ) -> Path: # the published directory; when this returns, it is on the disk
     "Save everything a run needs, whole or not at all. Raises `CheckpointError`; steps saved before are never at risk."
     if not isinstance(model, nn.Module): raise CheckpointError(path, f"a {type(model).__name__} to save", "an nn.Module as model")
@@ -173,7 +177,7 @@ def save_checkpoint(
     limit = save_total_limit or 0
     if type(limit) is not int or limit < 0:
         raise CheckpointError(path, f"save_total_limit {save_total_limit!r:.40}", "None or an integer from 0")
-    files = _gather(_unwrap(model), optimizer, config, vocab, step, trainer, metrics, save_frozen)
+    files = _gather(_unwrap(model), optimizer, config, vocab, step, trainer, metrics, save_frozen, parts)
     return publish_step(_as_path(path), step, files, best=best, save_total_limit=save_total_limit, overwrite=overwrite, timeout=timeout)
 
 def _as_path(path) -> Path:
@@ -204,7 +208,7 @@ def _facts(raw: StepFiles, metadata) -> dict:
     claims = [metadata.get(key) for key in ("quantization_mode", "quantization_bits", "quantization", "quantized")]
     if any(claim not in (None, False, "none", "") for claim in claims): named = [*named, "quantization_metadata.json"]
     for name in named:
-        if name not in raw.files: raise missing_file(raw.path, str(name))
+        if name not in raw.files and name not in raw.shards: raise missing_file(raw.path, str(name))
     return metadata | {"step": step, "aliases": aliases}
 
 # %% ../nbs/08_checkpoint.ipynb #check-layers
@@ -241,21 +245,25 @@ class Checkpoint:
     path: Path  # the directory that was read
     digest: str | None  # SHA-256 that stands for all of it; None where the directory has no manifest
     _tensors: dict = field(default_factory=dict, repr=False)
+    _files: StepFiles | None = field(default=None, repr=False)
 
 # %% ../nbs/08_checkpoint.ipynb #parse
-def _parse(raw: StepFiles) -> Checkpoint:
-    "Return the content of `raw`, checked in itself; its `model` is still None."
+def _parse(raw: StepFiles, empty: bool = False) -> Checkpoint:
+    "Return the content of `raw`, checked in itself; its `model` is still None, and where it was saved in parts, its tensors may be `empty`."
     path, data, pt = raw.path, {}, {}
     for name, content in raw.files.items():
         if name.endswith(".json"): data[name] = from_json(path, name, content)
     metadata = _facts(raw, data.get("metadata.json", {}))
     for name, content in raw.files.items():
         if name.endswith(".pt"): pt[name] = from_pt(path, name, content, sealed=raw.digest is not None)
+    if raw.shards:
+        from qtlm.shards import read_parts
+        pt["model.pt"] = read_parts(raw, pt.get("optimizer.pt"), empty)
     config, vocab = (_revive(path, metadata, what, data.get(f"{what}.json")) for what in ("config", "vocab"))
     return Checkpoint(
         model=None, optimizer=pt.get("optimizer.pt"), config=config, vocab=vocab, step=metadata["step"], metadata=metadata,
         quantization=_check_layers(path, data.get("quantization_metadata.json")), training_state=pt.get("training_state.pt"),
-        path=path, digest=raw.digest, _tensors=_expand(path, pt["model.pt"], metadata["aliases"]),
+        path=path, digest=raw.digest, _tensors=_expand(path, pt["model.pt"], metadata["aliases"]), _files=raw,
     )
 
 # %% ../nbs/08_checkpoint.ipynb #fill-ties
@@ -283,7 +291,7 @@ def _check_fit(path: Path, tensors: dict[str, Tensor], live: dict[str, Tensor]) 
         if saved.shape != t.shape or saved.dtype != t.dtype:
             raise mismatch(f"{name} is {saved.dtype} {list(saved.shape)}", f"{t.dtype} {list(t.shape)}", "Nothing is cast or cut to fit.")
     for name, first in _ties(live).items():
-        if tensors[name] is not tensors[first] and not torch.equal(tensors[name], tensors[first]):
+        if tensors[name] is not tensors[first] and (tensors[name].is_meta or not torch.equal(tensors[name], tensors[first])):
             raise mismatch(f"{name} and {first} differ", "equal ones: the model given ties them")
 
 # %% ../nbs/08_checkpoint.ipynb #differing-layer
@@ -315,9 +323,13 @@ def _match_quantization(ckpt: Checkpoint, model: nn.Module) -> None:
         try: (restore_qat if saved.get("prepared") else restore_quantization)(model, saved)
         except Exception as e:
             raise mismatch(f"layers that the model given cannot have ({e})", "its own", "Give the model saved.") from None
-    for name, t in ckpt._tensors.items():
+
+def _refuse_bad_scales(ckpt: Checkpoint, tensors: dict[str, Tensor]) -> None:
+    "Raise if a quantized layer holds NaN, infinity or a negative scale."
+    want = (ckpt.quantization or {}).get("layers", {})
+    for name, t in tensors.items():
         if name.rpartition(".")[0].removesuffix(".weight") in want and t.is_floating_point():
-            if not torch.isfinite(t).all() or (name.rpartition(".")[2] in ("scale", "input_scale") and t.min() < 0):
+            if not _all_finite(t) or (name.rpartition(".")[2] in ("scale", "input_scale") and t.min() < 0):
                 raise CheckpointCorruptedError(ckpt.path, f"{name} holds NaN, infinity or a negative scale", "scales", file="model.pt")
 
 # %% ../nbs/08_checkpoint.ipynb #pairs
@@ -417,7 +429,7 @@ def _load_trainer(trainer, state: dict) -> None:
         raise
 
 # %% ../nbs/08_checkpoint.ipynb #restore
-def _restore(ckpt: Checkpoint, model: nn.Module | None, optimizer, trainer) -> Checkpoint:
+def _restore(ckpt: Checkpoint, model: nn.Module | None, optimizer, trainer, hollow: nn.Module | None = None) -> Checkpoint:
     "Put the content of `ckpt` into the objects given: all of it, or none."
     outer = _build(ckpt) if model is None else model
     inner, saved = _unwrap(outer), ckpt.optimizer
@@ -425,11 +437,16 @@ def _restore(ckpt: Checkpoint, model: nn.Module | None, optimizer, trainer) -> C
     if trainer is not None and ckpt.training_state is None:
         raise CheckpointMismatchError(ckpt.path, "no training state", "one: a trainer was given", "It was saved without trainer=.")
     with _unchanged_on_error(inner, optimizer):
-        _match_quantization(ckpt, inner)
-        tensors = _fill_ties(ckpt._tensors | _frozen_of(ckpt.path, ckpt.metadata.get("frozen"), _live(inner)), _live(inner))
-        _check_fit(ckpt.path, tensors, _live(inner))
-        _refuse_nonfinite(CheckpointCorruptedError, ckpt.path, inner, tensors)
+        _match_quantization(ckpt, hollow or inner)
+        live = _live(hollow or inner)  # a model that was cut is compared as it was before
+        tensors = _fill_ties(ckpt._tensors | _frozen_of(ckpt.path, ckpt.metadata.get("frozen"), _live(inner)), live)
+        _check_fit(ckpt.path, tensors, live)
         if optimizer is not None: _check_optimizer(ckpt.path, saved, inner, optimizer)
+        if hollow:
+            from qtlm.shards import take_parts
+            tensors = take_parts(tensors, saved, _live(inner), optimizer, ckpt._files)
+        _refuse_nonfinite(CheckpointCorruptedError, ckpt.path, inner, tensors)
+        _refuse_bad_scales(ckpt, tensors)
         try:
             _load_tensors_(inner, {name: tensors[name.replace("_orig_mod.", "")] for name in inner.state_dict()})
             if optimizer is not None: _load_optimizer(optimizer, saved)
@@ -438,7 +455,7 @@ def _restore(ckpt: Checkpoint, model: nn.Module | None, optimizer, trainer) -> C
             if isinstance(e, CheckpointError): raise
             who = f"model, optimizer or trainer refused it ({type(e).__name__}: {e})"
             raise CheckpointMismatchError(ckpt.path, who, "their own state") from e
-    return dataclasses.replace(ckpt, model=outer, optimizer=saved if optimizer is None else optimizer, _tensors={})
+    return dataclasses.replace(ckpt, model=outer, optimizer=saved if optimizer is None else optimizer, _tensors={}, _files=None)
 
 # %% ../nbs/08_checkpoint.ipynb #read-bare
 def _read_bare(path: Path) -> Checkpoint:
@@ -462,6 +479,7 @@ def load_checkpoint(
     *,
     expected_sha256: str | None = None,  # the digest that the checkpoint must have, known from elsewhere
     trainer: Any = None,  # an object with `load_state_dict()`, given its state last of all
+    hollow: nn.Module | None = None,  # of a model that was cut: the same before it was, without a number in it; every process has to ask
 ) -> Checkpoint:
     "Read a checkpoint, check all of it, and only then put it into the objects given. Raises `CheckpointError`; then nothing was changed."
     model = getattr(trainer, "model", None) if model is None else model
@@ -471,14 +489,14 @@ def load_checkpoint(
 
     def use(step_dir: Path):
         raw = read_step(step_dir)
-        return _parse(raw) if expected_sha256 in (None, raw.digest) else raw  # what is not the pinned one is not even parsed
+        return _parse(raw, hollow is not None) if expected_sha256 in (None, raw.digest) else raw  # what is not the pinned one is not even parsed
     ckpt = _read_bare(path) if path.is_file() else newest_sound(path, use)
     if expected_sha256 not in (None, ckpt.digest):
         raise CheckpointUnsafeError(ckpt.path, f"digest {ckpt.digest}", expected_sha256, "This is not the checkpoint that was pinned.")
     if ckpt.digest is None:
         text = f"{ckpt.path}: no manifest, so nothing vouches for its bytes; save it anew to seal it"
         warnings.warn(CheckpointWarning(text), stacklevel=2)
-    return _restore(ckpt, model, optimizer, trainer)
+    return _restore(ckpt, model, optimizer, trainer, hollow)
 
 # %% ../nbs/08_checkpoint.ipynb #latest-checkpoint
 def latest_checkpoint(
@@ -511,4 +529,4 @@ def verify_checkpoint(
         for name, data in raw.files.items():
             if name.endswith(".pt"): check_pt(path, name, data)
     except CheckpointError as e: return CheckpointReport(path, False, None, None, {}, e)
-    return CheckpointReport(path, True, raw.step, raw.digest, {name: len(data) for name, data in raw.files.items()}, None)
+    return CheckpointReport(path, True, raw.step, raw.digest, raw.sizes, None)

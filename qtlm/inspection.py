@@ -82,7 +82,7 @@ def _heading(found: "Inspection") -> list[tuple[str, str]]:
     lines = [("checkpoint", str(found.path)), ("step", _thousands(found.step)), ("SHA-256", found.digest or "none: nothing vouches for its bytes")]
     lines += [("model", f"{found.metadata.get('model_class', 'unknown')}, {_thousands(found.metadata.get('model_parameters') or 0)} parameters")]
     lines += [("scheme", found.scheme), ("beside it", ", ".join(there) or "nothing")]
-    return lines + [("bytes", ", ".join(f"{name} {_thousands(size)}" for name, size in found.files.items() if name.endswith(".pt")))]
+    return lines + [("bytes", ", ".join(f"{name} {_thousands(size)}" for name, size in found.files.items() if name.endswith((".pt", ".safetensors"))))]
 
 # %% ../nbs/08c_inspection.ipynb #plot-bytes
 def _plot_bytes(tensors: list[dict], most: int = 10):
@@ -148,6 +148,5 @@ def inspect_checkpoint(
     def look(step_dir: Path) -> Inspection:
         raw = read_step(step_dir)
         checkpoint = _parse(raw)
-        sizes = {name: len(data) for name, data in raw.files.items()}
-        return Inspection(step_dir, checkpoint.step, raw.digest, checkpoint.metadata, checkpoint.quantization, sizes, _rows(checkpoint))
+        return Inspection(step_dir, checkpoint.step, raw.digest, checkpoint.metadata, checkpoint.quantization, raw.sizes, _rows(checkpoint))
     return newest_sound(_as_path(path), look)

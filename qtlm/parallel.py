@@ -8,6 +8,7 @@ __all__ = ['ParallelError', 'World', 'join_world', 'check_parallel', 'distribute
 # %% ../nbs/06b_parallel.ipynb #imports
 import contextlib
 import copy
+import importlib.util
 import os
 import re
 import warnings
@@ -143,6 +144,8 @@ def check_parallel(
     if world.size == 1:
         return
     sharded = config.parallel == "fsdp"
+    if sharded and importlib.util.find_spec("safetensors") is None:
+        raise ParallelError("parallel: fsdp: safetensors is not installed; expected it for checkpoints. Run `pip install qtlm[parallel]`.")
     refused = {
         "gradients_in_backward": (config.gradients_in_backward, "gradients that are added up before a step", "Leave it off."),
         "enable_quantized_finetuning": (sharded and config.enable_quantized_finetuning, "floats, which can be cut", "Use parallel: ddp."),
@@ -308,6 +311,15 @@ def _full(tensor: Tensor) -> Tensor:
     "Return a tensor as a whole: of its parts on all processes, where it is cut."
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
+
+def _all_finite(tensor: Tensor) -> bool:
+    "Whether a tensor holds no NaN and no infinity; where it is cut, on no process."
+    part = tensor.to_local() if hasattr(tensor, "full_tensor") else tensor
+    finite = torch.isfinite(part.float() if part.itemsize == 1 else part).all()  # isfinite does not know 8-bit floats
+    if part is not tensor:
+        dist.all_reduce(finite := finite.to(torch.uint8), dist.ReduceOp.MIN)
+    return bool(finite)
+
 # %% ../nbs/06b_parallel.ipynb #cut
 def _cut(whole: Tensor, like: Tensor) -> Tensor:
     "Return this process's part of a whole tensor, cut as `like` is."
@@ -315,47 +327,3 @@ def _cut(whole: Tensor, like: Tensor) -> Tensor:
 
     whole = whole.detach().to(like.device)
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None) if hasattr(like, "full_tensor") else whole
-
-# %% ../nbs/06b_parallel.ipynb #whole-tensors
-def _twins(model: nn.Module, hollow: nn.Module, keep: bool) -> dict[Tensor, tuple[Tensor, Tensor]]:
-    "Return for each parameter and buffer of a model that was cut: the empty one in its place, and the whole one in main memory."
-    twins = {}
-    for empty, tensor in zip((*hollow.parameters(), *hollow.buffers()), (*model.parameters(), *model.buffers())):
-        whole = _full(tensor.detach())
-        if keep:
-            whole = whole.to("cpu", copy=True)
-            twins[tensor] = empty, nn.Parameter(whole, requires_grad=tensor.requires_grad) if isinstance(empty, nn.Parameter) else whole
-    return twins
-
-# %% ../nbs/06b_parallel.ipynb #whole-moments
-def _moments(optimizer: torch.optim.Optimizer, twins: dict, keep: bool) -> dict[Tensor, dict]:
-    "Return the optimizer's state of each whole parameter, in main memory."
-    moments = {}
-    for p in (p for group in optimizer.param_groups for p in group["params"] if p in optimizer.state):
-        state = {name: _full(value) for name, value in optimizer.state[p].items()}
-        if keep:
-            moments[twins[p][1]] = {name: value.to("cpu", copy=True) for name, value in state.items()}
-    return moments
-
-# %% ../nbs/06b_parallel.ipynb #gather
-def _gather(model: nn.Module, optimizer: torch.optim.Optimizer, hollow: nn.Module, keep: bool) -> tuple | None:
-    "Put a model that was cut and its optimizer together; every process has to ask, those with `keep` get both."
-    twins = _twins(model, hollow, keep)
-    moments = _moments(optimizer, twins, keep)
-    if keep:
-        whole = type(optimizer)([{**group, "params": [twins[p][1] for p in group["params"]]} for group in optimizer.param_groups])
-        whole.state.update(moments)
-        return copy.deepcopy(hollow, {id(empty): tensor for empty, tensor in twins.values()}), whole
-
-# %% ../nbs/06b_parallel.ipynb #scatter
-@torch.no_grad()
-def _scatter_(whole: nn.Module, whole_optimizer: torch.optim.Optimizer, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    "Give a model that is cut, and its optimizer, this process's parts of whole ones."
-    for source, target in zip((*whole.parameters(), *whole.buffers()), (*model.parameters(), *model.buffers())):
-        target.copy_(_cut(source, target))
-    optimizer.state.clear()
-    for source, target in zip(whole_optimizer.param_groups, optimizer.param_groups):
-        target.update({name: value for name, value in source.items() if name != "params"})
-        for p, q in zip(source["params"], target["params"]):
-            if p in whole_optimizer.state:
-                optimizer.state[q] = {name: _cut(value, q) if value.ndim else value.clone() for name, value in whole_optimizer.state[p].items()}

@@ -27,7 +27,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -219,15 +219,17 @@ def _write_file(path: Path, data: bytes) -> None:
     finally: os.close(fd)
 
 # %% ../nbs/07b_storage.ipynb #seal
-_FORMAT, _VERSION = "qtlm-checkpoint", 1
+_FORMAT, _VERSION = "qtlm-checkpoint", 2
+_SHARD = re.compile(r"shard-[0-9]{5}-model-00001-of-00001\.safetensors")  # what the format has had since version 2
 
-def _sha256(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
+def _sha256(data: bytes) -> str: return getattr(data, "sha256", None) or hashlib.sha256(data).hexdigest()  # what is elsewhere tells its own
 
 def _seal(step: int, files: dict[str, bytes]) -> dict[str, bytes]:
     "Return `files`, the manifest of their lengths and SHA-256, and the digest of that manifest, in the order they are written."
     with ThreadPoolExecutor() as pool: digests = [*pool.map(_sha256, files.values())]  # hashing lets go of Python's lock
     listed = {name: {"bytes": len(data), "sha256": digest} for (name, data), digest in zip(files.items(), digests)}
-    manifest = to_json({"format": _FORMAT, "format_version": _VERSION, "step": step, "files": listed})
+    version = 2 if any(map(_SHARD.fullmatch, files)) else 1
+    manifest = to_json({"format": _FORMAT, "format_version": version, "step": step, "files": listed})
     return {**files, "manifest.json": manifest, "COMMITTED": f"{_sha256(manifest)}\n".encode()}
 
 # %% ../nbs/07b_storage.ipynb #lock
@@ -288,7 +290,7 @@ def _publish(run: Path, name: str, files: dict[str, bytes]) -> None:
     aside = run / (f"{name}.old-{mark[:8]}" if _committed(final) else f".del-{mark}")
     try:
         _disk.mkdir(fresh)
-        for file, data in files.items(): _write_file(fresh / file, data)
+        for file, data in files.items(): _write_file(fresh / file, data if isinstance(data, bytes) else data.fetch())
         _disk.fsync_dir(fresh)
         if os.path.lexists(final): _disk.rename(final, aside)
         _disk.rename(fresh, final)
@@ -345,15 +347,16 @@ def _check_manifest(path: Path, manifest) -> dict[str, tuple[int, str]]:
     entries = manifest.get("files")
     if set(manifest) != {"format", "format_version", "step", "files"} or not isinstance(entries, dict) or type(manifest["step"]) is not int:
         raise CheckpointCorruptedError(path, "not a manifest", "format, version, step, files", file="manifest.json")
+    shards = {name for name in entries if manifest["format_version"] > 1 and _SHARD.fullmatch(name)}
     for name, entry in entries.items():
-        if name not in _FILES: raise CheckpointUnsafeError(path, f"a file {name!r:.60}", "the names of format 1", file="manifest.json")
+        if name not in _FILES and name not in shards: raise CheckpointUnsafeError(path, f"a file {name!r:.60}", "the names of format 1", file="manifest.json")
         match entry:
             case {"bytes": int(size), "sha256": str(digest), **rest} if not rest and size >= 0 and len(digest) == 64: pass
             case _: raise CheckpointCorruptedError(path, f"no length or digest of {name}", "both", file="manifest.json")
-    if missing := {"model.pt", "metadata.json"} - set(entries): raise missing_file(path, min(missing))
+    if missing := ({"metadata.json"} if shards else {"model.pt", "metadata.json"}) - set(entries): raise missing_file(path, min(missing))
     return {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
 
-# %% ../nbs/07b_storage.ipynb #read-sealed
+# %% ../nbs/07b_storage.ipynb #step-files
 @dataclass
 class StepFiles:
     "The files of one step as bytes."
@@ -361,25 +364,49 @@ class StepFiles:
     files: dict[str, bytes]  # content by name, without the seal
     step: int | None = None  # as the manifest says
     digest: str | None = None  # SHA-256 of the manifest: it stands for all of it; None where nothing vouches for the bytes
+    shards: dict[str, tuple[int, str]] = field(default_factory=dict)  # length and SHA-256 of each part of a model that was cut; `read` brings one
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        "The bytes of each file, by name."
+        return {name: len(data) for name, data in self.files.items()} | {name: size for name, (size, _) in self.shards.items()}
+
+    def read(
+        self,
+        shard: str,  # its name, one of `shards`
+    ) -> bytes:  # what is in it
+        "Read a part again, and compare it with its digest again: together the parts may be more than there is memory."
+        with _directory(self.path) as fd: return _read_listed(fd, self.path, shard, *self.shards[shard])
+
+# %% ../nbs/07b_storage.ipynb #read-listed
+def _corrupted(path: Path, name: str, found: str, expected: str) -> CheckpointCorruptedError:
+    return CheckpointCorruptedError(path, found, expected, "Delete this directory.", file=name)
+
+def _read_listed(fd: int, path: Path, name: str, size: int, wanted: str) -> bytes:
+    "Return the bytes of a file of which the manifest gives length and SHA-256."
+    data = _read_file(fd, path, name, size)
+    if len(data) != size: raise _corrupted(path, name, f"{len(data)} bytes", f"{size}")
+    if (found := _sha256(data)) != wanted: raise _corrupted(path, name, f"SHA-256 {found[:12]}…", f"{wanted[:12]}…")
+    return data
+
+# %% ../nbs/07b_storage.ipynb #read-sealed
 def _read_sealed(path: Path) -> StepFiles:
-    "Return a step's files, read once, of which every byte is the one that was written."
-    def corrupted(name, found, expected): return CheckpointCorruptedError(path, found, expected, "Delete this directory.", file=name)
+    "Return a step's files, read once, of which every byte is the one that was written; of parts only that they are sound."
     with _directory(path) as fd:
         seal, text = _read_file(fd, path, "COMMITTED", 65), _read_file(fd, path, "manifest.json", 1 << 20)
         digest = _sha256(text)
-        if seal != f"{digest}\n".encode(): raise corrupted("manifest.json", f"digest {digest[:12]}…", "the one in COMMITTED")
+        if seal != f"{digest}\n".encode(): raise _corrupted(path, "manifest.json", f"digest {digest[:12]}…", "the one in COMMITTED")
         manifest = from_json(path, "manifest.json", text)
         listed, files = _check_manifest(path, manifest), {}
-        for name, (size, wanted) in listed.items():
-            files[name] = data = _read_file(fd, path, name, size)
-            if len(data) != size: raise corrupted(name, f"{len(data)} bytes", f"{size}")
-            if (found := _sha256(data)) != wanted: raise corrupted(name, f"SHA-256 {found[:12]}…", f"{wanted[:12]}…")
+        shards = {name: entry for name, entry in listed.items() if _SHARD.fullmatch(name)}
+        for name, entry in listed.items():
+            data = _read_listed(fd, path, name, *entry)
+            if name not in shards: files[name] = data
         if extra := set(os.listdir(fd)) - {*listed, "manifest.json", "COMMITTED"}:
-            raise corrupted(min(extra), "a file that is not in the manifest", "no other file")
+            raise _corrupted(path, min(extra), "a file that is not in the manifest", "no other file")
     if (m := _STEP.fullmatch(path.name)) and int(m[1]) != manifest["step"]:
-        raise corrupted("manifest.json", f"step {manifest['step']}", f"{int(m[1])}, as the directory is called")
-    return StepFiles(path, files, manifest["step"], digest)
+        raise _corrupted(path, "manifest.json", f"step {manifest['step']}", f"{int(m[1])}, as the directory is called")
+    return StepFiles(path, files, manifest["step"], digest, shards)
 
 def read_file(
     path: Path,  # a file
@@ -498,7 +525,7 @@ def _same(path: Path, seal: bytes) -> bool:
 def publish_step(
     run: str | Path,  # the run's directory; made where it is missing
     step: int,  # from 0
-    files: dict[str, bytes],  # content by name
+    files: dict[str, bytes],  # content by name; in place of bytes, what has a length, a `sha256` and a `fetch()` that brings them
     *,
     best: bool = False,  # whether to remember this step as the best: the limit spares it
     save_total_limit: int | None = None,  # keep so many of the newest steps (`None` or 0: all)

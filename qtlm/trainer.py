@@ -31,7 +31,7 @@ from .loggers import make_loggers
 from .loss import bits_per_byte
 from .modes import check_trainable, make_trainable_, set_phase_
 from .optim import configure_optimizer
-from .parallel import ParallelError, World, _gather, _hollow, _in_touch, _quiet, _same_model_, _scatter_, check_parallel, distribute, join_world
+from .parallel import ParallelError, World, _hollow, _in_touch, _quiet, _same_model_, check_parallel, distribute, join_world
 from .qat import convert_qat
 from .step import _put_back_, _remember_buffers, _share, _spread, accumulate_gradients, clip_gradients_, learning_rate_factor, micro_batches, split_rows
 
@@ -226,23 +226,26 @@ def _load_trainer_state_(trainer: "Trainer", state: dict) -> None:
             warnings.warn(f"resume: callback {name} was saved and is not here; its state is dropped.", stacklevel=2)
     set_rng_state_(state["rng"])
 
-# %% ../nbs/09_trainer.ipynb #whole
-def _whole(trainer: "Trainer", keep: bool) -> tuple:
-    "Return model and optimizer as they are saved: the trainer's own, or, where these are cut into parts, whole ones for those who keep them."
-    if trainer._hollow is None:
-        return trainer.model, trainer.optimizer
-    return _gather(trainer.model, trainer.optimizer, trainer._hollow, keep) or (None, None)
+# %% ../nbs/09_trainer.ipynb #noted
+def _noted(trainer: "Trainer", run: Path) -> dict:
+    "Return what `save_checkpoint` is told beside model and optimizer."
+    config, losses = trainer.config, [loss for loss in trainer.history.eval_losses if loss is not None and math.isfinite(loss)]
+    noted = {"metrics": {"eval_loss": losses[-1]} if losses else None, "best": bool(losses) and losses[-1] == min(losses)}
+    noted |= {"save_total_limit": config.save_total_limit, "save_frozen": config.save_frozen, "trainer": trainer}
+    return noted | {"config": config, "vocab": trainer.vocab, "step": trainer.step, "path": run}
 
 # %% ../nbs/09_trainer.ipynb #write
 def _write(trainer: "Trainer", run: Path) -> Path:
     "Publish a checkpoint of `trainer` under `run`; of several processes the first does it, and the others give it their parts."
-    config, (model, optimizer) = trainer.config, _whole(trainer, keep=trainer.world.main)
-    losses = [loss for loss in trainer.history.eval_losses if loss is not None and math.isfinite(loss)]
-    if not trainer.world.main:
-        return run / f"step-{trainer.step:010d}"
-    noted = {"metrics": {"eval_loss": losses[-1]} if losses else None, "best": bool(losses) and losses[-1] == min(losses)}
-    noted |= {"save_total_limit": config.save_total_limit, "save_frozen": config.save_frozen}
-    return save_checkpoint(model, optimizer, config, trainer.vocab, trainer.step, run, trainer=trainer, **noted)
+    if trainer._hollow is not None:
+        from qtlm.shards import in_parts
+
+        with in_parts(trainer.model, trainer.optimizer, trainer._hollow, trainer.world, trainer.config.save_frozen) as parts:
+            if parts:
+                save_checkpoint(parts.model, parts.optimizer, parts=parts, **_noted(trainer, run))
+    elif trainer.world.main:
+        save_checkpoint(trainer.model, trainer.optimizer, **_noted(trainer, run))
+    return run / f"step-{trainer.step:010d}"
 
 # %% ../nbs/09_trainer.ipynb #save
 def _save(trainer: "Trainer", run: Path, error: BaseException | None = None) -> Path | None:
@@ -275,10 +278,7 @@ def _resume_from(trainer: "Trainer", source: str | os.PathLike) -> None:
     "Load `source` into `trainer`; where the config differs from the saved one, the config counts."
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(f"resume_from_checkpoint: {source!r}; expected True, 'auto', or the path of a run or a step directory.")
-    model, optimizer = _whole(trainer, keep=True)
-    checkpoint = load_checkpoint(source, model=model, optimizer=optimizer, trainer=trainer)
-    if model is not trainer.model:
-        _scatter_(model, optimizer, trainer.model, trainer.optimizer)
+    checkpoint = load_checkpoint(source, trainer=trainer, hollow=trainer._hollow)
     trainer.world.check_same("checkpoint", checkpoint.digest)
     _follow_config_(trainer.optimizer, trainer.config)
     if differing := _environment_differences(checkpoint.metadata.get("environment", {}), trainer.model):

@@ -2,8 +2,11 @@
 """Checkpoints that must load for ever: one tiny run of each kind, saved in its middle, and the logits that its model gave.
 
 They lie in `checkpoints/golden/format-1/`, one folder a kind, and `golden.json` beside them. A new format gets a new folder; what is there stays as it is.
+Format 2 is for what several processes saved in parts: one run of two.
 """
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,13 +14,14 @@ import torch
 
 from qtlm import QuantizationConfig, TinyLM, TrainingConfig, quantize_model_ptq
 from qtlm.base import _environment
-from qtlm.checkpoint import save_checkpoint, verify_checkpoint
+from qtlm.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from qtlm.data import CharVocab
 from qtlm.lora import apply_lora
 from qtlm.lora_vit import quantize_backbone
 from qtlm.trainer import Trainer
 
 GOLDEN = Path(__file__).resolve().parent.parent / "checkpoints" / "golden" / "format-1"
+PARTS = GOLDEN.with_name("format-2")
 TEXT = "it was a dark and stormy night, and the brig tossed on the waves. " * 8
 SHAPE = dict(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, block_size=16, dropout=0.1)
 PROMPTS = torch.arange(32).view(2, 16)
@@ -109,23 +113,38 @@ def fifty():
     return run.history.losses, _environment(run.model)
 
 
+def make_parts():
+    "Save a run of two processes in parts; called by each of them, under torchrun."
+    run = trainer({"parallel": "fsdp", "device": "cpu"})
+    run.callbacks.append(StopAt(3))
+    run.train()
+    run.save(PARTS / "parts")
+
+
+def note(golden, kind, net):
+    "Write down what a checkpoint of one kind is, and what its model says."
+    file, step = golden / "golden.json", next((golden / kind).glob("step-*"))
+    known = json.loads(file.read_text()) if file.exists() else {}
+    known[kind] = {"sha256": verify_checkpoint(step).digest, "torch": str(torch.__version__), "logits": [round(x, 6) for x in logits(net)[:, -1].flatten().tolist()]}
+    for hint in ("latest", "best", ".lock"): (golden / kind / hint).unlink(missing_ok=True)
+    print(kind, sum(p.stat().st_size for p in step.iterdir()), "bytes")
+    file.write_text(json.dumps(known, indent=0) + "\n")
+
+
 def main():
     torch.set_num_threads(1)
+    if sys.argv[1:] == ["parts"]: return make_parts()
+    if not PARTS.exists():
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, "parts"], check=True)
+        note(PARTS, "parts", load_checkpoint(PARTS / "parts").model)
     GOLDEN.mkdir(parents=True, exist_ok=True)
-    file = GOLDEN / "golden.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
+    known = json.loads((GOLDEN / "golden.json").read_text()) if (GOLDEN / "golden.json").exists() else {}
     for kind in (*TRAINING, *QUANTIZED, *ADAPTED):
-        if kind in known: continue
-        net = make(kind, GOLDEN / kind)
-        step = next((GOLDEN / kind).glob("step-*"))
-        known[kind] = {"sha256": verify_checkpoint(step).digest, "torch": str(torch.__version__), "logits": [round(x, 6) for x in logits(net)[:, -1].flatten().tolist()]}
-        for hint in ("latest", "best", ".lock"): (GOLDEN / kind / hint).unlink(missing_ok=True)
-        print(kind, sum(p.stat().st_size for p in step.iterdir()), "bytes")
+        if kind not in known: note(GOLDEN, kind, make(kind, GOLDEN / kind))
     losses = GOLDEN / "losses.json"
     if not losses.exists():
         found, environment = fifty()
         losses.write_text(json.dumps({"losses": [x.hex() for x in found], "environment": environment}, indent=0) + "\n")
-    file.write_text(json.dumps(known, indent=0) + "\n")
 
 
 if __name__ == "__main__":

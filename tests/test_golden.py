@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from golden import ADAPTED, GOLDEN, QUANTIZED, TRAINING, fifty, given, ids, logits, model, vocabulary
+from golden import ADAPTED, GOLDEN, PARTS, QUANTIZED, TRAINING, fifty, given, ids, logits, model, vocabulary
 
 from qtlm import get_quantization_info, inspect_checkpoint, load_checkpoint, verify_checkpoint
 from qtlm.data import CharVocab
@@ -51,6 +51,20 @@ def test_a_run_goes_on_from_it(kind):
     run.train()
     assert run.step == 6 and all(loss < 4 for loss in run.history.losses)
     assert bool(get_quantization_info(run.model).layers) == (kind not in ("float32", "bf16"))
+
+
+def test_what_two_processes_saved_in_parts():
+    "Format 2: loads from the directory alone, pinned by its digest; computes the same; one process goes on from it."
+    told = json.loads((PARTS / "golden.json").read_text())["parts"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = load_checkpoint(PARTS / "parts", expected_sha256=told["sha256"])
+    assert torch.allclose(logits(found.model)[:, -1], torch.tensor(told["logits"]).view(2, -1), atol=2e-5, rtol=0)
+    assert verify_checkpoint(PARTS / "parts").ok and found.step == 3 and found.vocab.decode(found.vocab.encode("night")) == "night"
+    with pytest.warns(UserWarning, match="processes 1 .saved: 2."):
+        run = resume_training(PARTS / "parts", train_data=ids()[:400], eval_data=ids()[400:])
+    run.train()
+    assert run.step == 6 and all(loss < 4 for loss in run.history.losses)
 
 
 def test_fifty_losses():
