@@ -6,10 +6,12 @@
 __all__ = ['KVCache']
 
 # %% ../nbs/09b_cache.ipynb #imports
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from types import FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -187,13 +189,41 @@ def _read_single(plan: _Plan, stores: list[_Store], tables: list[Tensor], ids: T
     return _read(plan, stores, ids, cos, sin, at, _mask(at, ids.device, len(tables[0])), None)
 
 # %% ../nbs/09b_cache.ipynb #compile-read
-def _compile_read(device: torch.device):
-    "Return a `_read_single` of one plan with its blocks, compiled."
+def _compile_read(given: tuple, ids: Tensor, at: Tensor) -> tuple[Callable, list[Tensor]]:
+    "Compile `_read_single` for `given` (a plan, its blocks, its tables), and run it; return the program and what it was called with."
+    from torch import _inductor as inductor
+
+    kept = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        program = inductor.compile(graph, inputs, options={"size_asserts": False, "cpp_wrapper": ids.device.type == "cpu"})
+        return lambda *args: kept.extend([program, [*args]]) or program(*args)
+
     own = FunctionType(_read_single.__code__.replace(), _read_single.__globals__, _read_single.__name__)
-    given = re.compile(r"(L\[')?(plan|stores|tables)\b|G\[")  # parts of the cache, and of this package
-    asked = lambda guards: [not given.match(guard.name) for guard in guards]
-    options = {"guard_filter_fn": asked, "size_asserts": False, "cpp_wrapper": device.type == "cpu"}
-    return torch.compile(own, dynamic=False, options=options)
+    torch.compile(own, dynamic=False, fullgraph=True, backend=backend)(*given, ids, at)
+    return kept[0], kept[1]
+
+# %% ../nbs/09b_cache.ipynb #torch-state
+def _torch_state(device: torch.device) -> tuple:
+    "Return what of torch's state a program depends on."
+    cast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    return cast, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+
+# %% ../nbs/09b_cache.ipynb #single
+class _Single:
+    "`_read_single` for one plan with its blocks, compiled when it is first asked for."
+
+    def __init__(self, *given: Any):
+        self.given, self.programs = given, {}
+
+    def __call__(self, ids: Tensor, at: Tensor) -> Tensor:
+        state = _torch_state(ids.device)
+        if state not in self.programs:
+            program, args = _compile_read(self.given, ids, at)
+            self.programs[state] = program, args, *(next(i for i, arg in enumerate(args) if arg is new) for new in (ids, at))
+        program, args, where_ids, where_at = self.programs[state]
+        args[where_ids], args[where_at] = ids, at
+        return program(*args)[0]
 
 # %% ../nbs/09b_cache.ipynb #check-cache
 def _whole(value: object, name: str, high: int | None = None) -> int:
@@ -248,7 +278,7 @@ class KVCache:
         with torch.no_grad():
             self._plan = _lay_out(model)
             self._tables = [table[: self.max_length].to(norm.dtype) for table in (model.rope_cos, model.rope_sin)]
-        self._single = _compile_read(norm.device) if compile else None
+        self._single = _Single(self._plan, self._stores, self._tables) if compile else None
 
     @property
     def nbytes(self) -> int:
@@ -272,8 +302,9 @@ class KVCache:
     def _extend(self, ids: Tensor, lengths: list[int] | None = None) -> Tensor:
         new, start, device = ids.shape[1], self.lengths[0], ids.device
         if new == 1 and (self._single or self.lengths.count(start) < self.batch_size):
-            ids = ids.clone(memory_format=torch.contiguous_format)  # of any other stride it would be another program
-            logits = (self._single or _read_single)(self._plan, self._stores, self._tables, ids, torch.tensor(self.lengths, device=device))
+            ids = ids.to(torch.int64, copy=True, memory_format=torch.contiguous_format)  # of any other kind it would be another program
+            single = self._single or partial(_read_single, self._plan, self._stores, self._tables)
+            logits = single(ids, torch.tensor(self.lengths, device=device))
         else:
             at = slice(start, start + new)
             cos, sin = (table[at] for table in self._tables)

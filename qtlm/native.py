@@ -331,12 +331,12 @@ static void scale_codes(const Tensor& codes, const Tensor& scale, Tensor out) {
 # %% ../nbs/03b_native.ipynb #multiply-tokens
 _MULTIPLY_TOKENS = r"""
 static void multiply_tokens(const Tensor& q, const Tensor& codes, const Tensor& x_scale, const Tensor& scale, const Maybe& bias, const Maybe& zero_point, Tensor out) {
-  constexpr int64_t tile = 512;  // 1 MB of sums
-  int64_t rows = q.size(0), columns = codes.size(0), width = q.size(1);
+  constexpr int64_t tile = 512;  // 1 MB of sums: of few rows more columns at once
+  int64_t rows = q.size(0), columns = codes.size(0), width = q.size(1), wide = tile * std::max<int64_t>(1, tile / std::max<int64_t>(rows, 1));
   const float *xs = x_scale.const_data_ptr<float>(), *s = scale.const_data_ptr<float>(), *b = bias ? bias->const_data_ptr<float>() : nullptr;
-  Tensor room = at::empty({std::min(rows, tile) * std::min(columns, tile)}, q.options().dtype(at::kInt));
-  for (int64_t c = 0; c < columns; c += tile) {
-    int64_t n = std::min(tile, columns - c);
+  Tensor room = at::empty({std::min(rows, tile) * std::min(columns, wide)}, q.options().dtype(at::kInt));
+  for (int64_t c = 0; c < columns; c += wide) {
+    int64_t n = std::min(wide, columns - c);
     Tensor part = codes.narrow(0, c, n);
     std::vector<int32_t> less = zero_sums(part, zero_point);
     for (int64_t i = 0; i < rows; i += tile) {

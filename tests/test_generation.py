@@ -2,6 +2,7 @@
 "Contracts of qtlm.generation: the filters against plain Python, what `generate` promises for any module, and what it refuses."
 import copy
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -502,15 +503,41 @@ def test_autocast_and_a_cache(model):
     assert out.shape == (2, 13)
 
 
-@pytest.mark.slow
-def test_compiled_single_tokens(models):
-    import shutil
+COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("no C++ compiler")
-    cache = KVCache(models["INT8"], batch_size=2, compile=True)
+
+def check_compiled(model, **cache):
+    "A cache that compiles writes what one that doesn't writes; a second run and another state of torch included."
+    cache = KVCache(model, batch_size=2, compile=True, **cache)
     for _ in range(2):
-        assert torch.equal(generate(models["INT8"], ids(2, 3), 12, temperature=0, cache=cache), generate(models["INT8"], ids(2, 3), 12, temperature=0))
+        assert torch.equal(generate(model, ids(2, 3), 9, temperature=0, cache=cache), generate(model, ids(2, 3), 9, temperature=0))
+    return cache
+
+
+@COMPILER
+def test_compiled_single_tokens(models):
+    model = models["INT8"]
+    cache = check_compiled(model)
+    assert len(cache._single.programs) == 1
+    with torch.autocast("cpu", torch.bfloat16):  # another program, and the first one is not forgotten
+        assert generate(model, ids(2, 3), 5, temperature=0, cache=cache).shape == (2, 8)
+    cache.reset()
+    last = cache.extend(ids(2, 3)), cache.extend(ids(2, 1).to(torch.int32)), cache.extend(ids(4, 1)[::2])
+    plain = KVCache(model, batch_size=2)
+    expected = plain.extend(ids(2, 3)), plain.extend(ids(2, 1)), plain.extend(ids(4, 1)[::2])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(last, expected)) and len(cache._single.programs) == 2
+    other = KVCache(model, batch_size=2, compile=True)  # each has its own block
+    other.extend(ids(2, 5, seed=9))
+    other.extend(ids(2, 1, seed=8))
+    assert torch.allclose(cache.extend(ids(2, 1)), plain.extend(ids(2, 1)), atol=1e-5)
+
+
+@COMPILER
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float", "INT4", "bf16", "8 bits"])
+def test_compiled_single_tokens_of_every_kind(models, kind):
+    made = {"float": models["float"], "INT4": models["INT4"], "bf16": copy.deepcopy(models["float"]).bfloat16(), "8 bits": models["INT8"]}[kind]
+    check_compiled(made, bits=8 if kind == "8 bits" else None)
 
 
 # ---- transformers' models ----
