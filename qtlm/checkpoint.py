@@ -370,9 +370,10 @@ def _load_optimizer(optimizer, saved: dict) -> None:
     state = saved.get("state_dict", saved)
     optimizer.load_state_dict(state)
     for i, p in _pairs(optimizer, state):
+        own = optimizer.state[p]
         for key, value in state["state"].get(i, {}).items():
-            if isinstance(value, Tensor) and (now := optimizer.state[p][key]).dtype != value.dtype:
-                optimizer.state[p][key] = value.to(now.device)
+            if isinstance(value, Tensor) and key in own and own[key].dtype != value.dtype:
+                own[key] = value.to(own[key].device)
 
 # %% ../nbs/08_checkpoint.ipynb #unchanged
 @contextmanager

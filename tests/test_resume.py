@@ -184,8 +184,8 @@ def test_each_part_left_out_is_seen(name, monkeypatch):
     make = averaging if kind == "averaging" else short(kind)
     parse, left_out = checkpoint._parse, []
 
-    def lacking(raw):
-        ckpt = parse(raw)
+    def lacking(raw, *others):
+        ckpt = parse(raw, *others)
         leave_out(ckpt)
         left_out.append(name)
         return ckpt
