@@ -286,11 +286,14 @@ def read_parts(
 ) -> dict[str, Tensor]:  # those of the model, by their own names
     "Return the tensors of a model, and complete its optimizer's state. Raises `CheckpointError`."
     found = {name: torch.empty(w.shape, dtype=w.dtype, device="meta") for name, w in _layout(step).items()} if empty else join_parts(step)
-    places = {} if saved is None else {name: index for index, name in enumerate(sum(saved["param_names"], []))}
-    for name, t in found.items():
-        weight, _, key = name.removeprefix("optimizer.state.").rpartition(".")
-        if name.startswith("optimizer.state.") and weight in places:
-            saved["state_dict"]["state"].setdefault(places[weight], {})[key] = t
+    moments = {name.removeprefix("optimizer.state."): t for name, t in found.items() if name.startswith("optimizer.state.")}
+    try:
+        places = {} if saved is None else {name: index for index, name in enumerate(sum(saved["param_names"], []))}
+        for (weight, _, key), t in ((name.rpartition("."), t) for name, t in moments.items()):
+            if weight in places:
+                saved["state_dict"]["state"].setdefault(places[weight], {})[key] = t
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointCorruptedError(step.path, "no optimizer state", "what save_checkpoint wrote", file="optimizer.pt") from None
     return {name.removeprefix("model."): t for name, t in found.items() if name.startswith("model.")}
 
 # %% ../nbs/07d_shards.ipynb #moments
