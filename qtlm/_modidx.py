@@ -1026,6 +1026,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'qtlm.parallel._quiet': ('parallel.html#_quiet', 'qtlm/parallel.py'),
                                'qtlm.parallel._reduce': ('parallel.html#_reduce', 'qtlm/parallel.py'),
                                'qtlm.parallel._replicated': ('parallel.html#_replicated', 'qtlm/parallel.py'),
+                               'qtlm.parallel._reshard_': ('parallel.html#_reshard_', 'qtlm/parallel.py'),
                                'qtlm.parallel._same_model_': ('parallel.html#_same_model_', 'qtlm/parallel.py'),
                                'qtlm.parallel._send_': ('parallel.html#_send_', 'qtlm/parallel.py'),
                                'qtlm.parallel._sharded_': ('parallel.html#_sharded_', 'qtlm/parallel.py'),

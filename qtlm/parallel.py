@@ -306,6 +306,13 @@ def _hollow(model: nn.Module, world: World, parallel: str) -> nn.Module | None:
     memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, memo)
 
+# %% ../nbs/06b_parallel.ipynb #reshard
+def _reshard_(model: nn.Module) -> None:
+    "Let go of weights that a forward pass has put together and kept, as it does where no backward pass follows; nothing for models that are not cut."
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
 # %% ../nbs/06b_parallel.ipynb #full
 def _full(tensor: Tensor) -> Tensor:
     "Return a tensor as a whole: of its parts on all processes, where it is cut."

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorProperties, TensorStorageMetadata
 
 from .base import _environment, describe_frozen
-from .parallel import World, _all_finite, _cut
+from .parallel import World, _all_finite, _cut, _reshard_
 from .storage import CheckpointCorruptedError, CheckpointError, CheckpointWriteError, StepFiles
 
 # %% ../nbs/07d_shards.ipynb #to-shard
@@ -233,6 +233,7 @@ def in_parts(
     save_frozen: bool = True,  # False: a digest in place of what training does not change
 ) -> Iterator[_Parts | None]:  # what process 0 gives to `save_checkpoint` inside the block; None for the others, when that is done
     "Let every process give its part of a model to be saved. Raises `CheckpointError`, on all of them."
+    _reshard_(model)
     _check_finite(model)
     frozen, names = {} if save_frozen else describe_frozen(model), {}
     aliases = {name for name, t in hollow.state_dict(keep_vars=True).items() if names.setdefault(id(t), name) != name}

@@ -31,7 +31,7 @@ from .loggers import make_loggers
 from .loss import bits_per_byte
 from .modes import check_trainable, make_trainable_, set_phase_
 from .optim import configure_optimizer
-from .parallel import ParallelError, World, _hollow, _in_touch, _quiet, _same_model_, check_parallel, distribute, join_world
+from .parallel import ParallelError, World, _hollow, _in_touch, _quiet, _reshard_, _same_model_, check_parallel, distribute, join_world
 from .qat import convert_qat
 from .step import _put_back_, _remember_buffers, _share, _spread, accumulate_gradients, clip_gradients_, learning_rate_factor, micro_batches, split_rows
 
@@ -278,6 +278,7 @@ def _resume_from(trainer: "Trainer", source: str | os.PathLike) -> None:
     "Load `source` into `trainer`; where the config differs from the saved one, the config counts."
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(f"resume_from_checkpoint: {source!r}; expected True, 'auto', or the path of a run or a step directory.")
+    _reshard_(trainer.model)
     checkpoint = load_checkpoint(source, trainer=trainer, hollow=trainer._hollow)
     trainer.world.check_same("checkpoint", checkpoint.digest)
     _follow_config_(trainer.optimizer, trainer.config)

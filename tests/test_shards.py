@@ -106,6 +106,28 @@ def test_they_are_read_by_any_number_of_processes(saved, size):
         assert losses == pytest.approx(found[name][0], abs=1e-5 if name != "qat" else 2e-4)
 
 
+def test_after_an_evaluation(room):
+    "A forward pass without a backward pass leaves weights put together: saving and resuming know that."
+
+    def work(rank):
+        trainer = float_run(parallel="fsdp", eval_data=IDS[2500:], eval_steps=2, save_steps=2, output_dir=str(room), max_steps=4)
+        trainer.train()
+        tensors = weights(trainer)
+        trainer.evaluate()
+        trainer.save(room / "again")
+        other = float_run(parallel="fsdp", eval_data=IDS[2500:], seed=1, max_steps=4)
+        other.evaluate()
+        other.train(resume_from_checkpoint=room / "again")
+        assert all(torch.equal(p, tensors[name]) for name, p in weights(other).items()) and other.step == 4
+        return tensors, trainer.history.losses, trainer.history.eval_losses
+
+    tensors, losses, evaluated = share(room, work)[0]
+    alone = float_run(eval_data=IDS[2500:], eval_steps=2, max_steps=4).train()
+    assert losses == pytest.approx(alone.losses, abs=1e-5) and evaluated == pytest.approx(alone.eval_losses, abs=1e-5) and len(evaluated) >= 2
+    for step in (room / "again", room / "run"):
+        assert all(torch.equal(p, tensors[name]) for name, p in load_checkpoint(step).model.named_parameters())
+
+
 def test_each_process_saves_its_share(saved):
     "No file holds much more than its share of weights and moments, and what tied weights share is in one of them once."
     for size, (folder, _) in saved.items():
