@@ -189,19 +189,24 @@ def _read_single(plan: _Plan, stores: list[_Store], tables: list[Tensor], ids: T
     return _read(plan, stores, ids, cos, sin, at, _mask(at, ids.device, len(tables[0])), None)
 
 # %% ../nbs/09b_cache.ipynb #compile-read
-def _compile_read(given: tuple, ids: Tensor, at: Tensor) -> tuple[Callable, list[Tensor]]:
-    "Compile `_read_single` for `given` (a plan, its blocks, its tables), and run it; return the program and what it was called with."
+def _compile_read(given: tuple, ids: Tensor, at: Tensor) -> tuple[Callable, list[Tensor], int, int] | None:
+    "Compile `_read_single` for `given` (a plan, its blocks, its tables); return the program, what it was called with, and where in that `ids` and `at` are. None where torch makes no single program of it, as when it is told not to compile."
     from torch import _inductor as inductor
 
     kept = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
         program = inductor.compile(graph, inputs, options={"size_asserts": False, "cpp_wrapper": ids.device.type == "cpu"})
-        return lambda *args: kept.extend([program, [*args]]) or program(*args)
+
+        def first(*args: Tensor) -> list[Tensor]:
+            kept.append((program, [*args], *(next(i for i, arg in enumerate(args) if arg is new) for new in (ids, at))))
+            return program(*args)
+
+        return first
 
     own = FunctionType(_read_single.__code__.replace(), _read_single.__globals__, _read_single.__name__)
-    torch.compile(own, dynamic=False, fullgraph=True, backend=backend)(*given, ids, at)
-    return kept[0], kept[1]
+    torch.compile(own, dynamic=False, backend=backend)(*given, ids, at)
+    return kept[0] if len(kept) == 1 else None
 
 # %% ../nbs/09b_cache.ipynb #torch-state
 def _torch_state(device: torch.device) -> tuple:
@@ -219,8 +224,9 @@ class _Single:
     def __call__(self, ids: Tensor, at: Tensor) -> Tensor:
         state = _torch_state(ids.device)
         if state not in self.programs:
-            program, args = _compile_read(self.given, ids, at)
-            self.programs[state] = program, args, *(next(i for i, arg in enumerate(args) if arg is new) for new in (ids, at))
+            self.programs[state] = _compile_read(self.given, ids, at)
+        if self.programs[state] is None:
+            return _read_single(*self.given, ids, at)
         program, args, where_ids, where_at = self.programs[state]
         args[where_ids], args[where_at] = ids, at
         return program(*args)[0]

@@ -438,12 +438,13 @@ def _restore(ckpt: Checkpoint, model: nn.Module | None, optimizer, trainer, holl
     if trainer is not None and ckpt.training_state is None:
         raise CheckpointMismatchError(ckpt.path, "no training state", "one: a trainer was given", "It was saved without trainer=.")
     with _unchanged_on_error(inner, optimizer):
-        _match_quantization(ckpt, hollow or inner)
-        live = _live(hollow or inner)  # a model that was cut is compared as it was before
+        before = inner if hollow is None else hollow  # a model that was cut is compared as it was
+        _match_quantization(ckpt, before)
+        live = _live(before)
         tensors = _fill_ties(ckpt._tensors | _frozen_of(ckpt.path, ckpt.metadata.get("frozen"), _live(inner)), live)
         _check_fit(ckpt.path, tensors, live)
         if optimizer is not None: _check_optimizer(ckpt.path, saved, inner, optimizer)
-        if hollow:
+        if hollow is not None:
             from qtlm.shards import take_parts
             tensors = take_parts(tensors, saved, _live(inner), optimizer, ckpt._files)
         _refuse_nonfinite(CheckpointCorruptedError, ckpt.path, inner, tensors)

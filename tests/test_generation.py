@@ -532,6 +532,11 @@ def test_compiled_single_tokens(models):
     assert torch.allclose(cache.extend(ids(2, 1)), plain.extend(ids(2, 1)), atol=1e-5)
 
 
+def test_a_cache_compiles_nothing_where_torch_is_told_not_to(models):
+    with torch.compiler.set_stance("force_eager"):
+        assert list(check_compiled(models["INT8"])._single.programs.values()) == [None]
+
+
 @COMPILER
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "INT4", "bf16", "8 bits"])
