@@ -102,8 +102,8 @@ _HOME = {
 _MODULES = (
     "account", "adapt", "adapters", "base", "batches", "blockwise", "budget", "cache", "calibration", "checkpoint", "cli", "commands",
     "config", "data", "demo", "evaluation", "finetuning", "generation", "history", "images", "inspection", "kernels", "layers", "loggers",
-    "lora", "lora_vit", "loss", "model", "modes", "native", "observers", "optim", "parallel", "plan", "qat", "quantization", "resume",
-    "rounding", "sampling", "shards", "step", "storage", "straight_through", "trainer", "vit", "window",
+    "lora", "lora_vit", "loss", "model", "modes", "moments", "native", "observers", "optim", "parallel", "plan", "qat", "quantization",
+    "resume", "rounding", "sampling", "shards", "step", "storage", "straight_through", "trainer", "vit", "window",
 )  # fmt: skip
 __all__ = sorted(_HOME)
 

@@ -24,6 +24,7 @@ _HEAD = r"""
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_int_mm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sqrt.h>
 #include <torch/library.h>
 #include <bit>
 #include <cmath>
@@ -363,6 +364,11 @@ _SCHEMAS = (
     "round_tokens(Tensor x, Tensor? scale, Tensor? zero_point) -> (Tensor, Tensor)",
     "scale_codes(Tensor codes, Tensor scale, Tensor(a!) out) -> ()",
     "multiply_tokens(Tensor q, Tensor codes, Tensor x_scale, Tensor scale, Tensor? bias, Tensor? zero_point, Tensor(a!) out) -> ()",
+    "place(Tensor codes, Tensor? residual, Tensor? zero, Tensor direction, Tensor by, float keep) -> (Tensor, Tensor, Tensor)",
+    "settle(Tensor u, Tensor bits, Tensor threshold, Tensor(a!) residual, Tensor(b!) codes) -> ()",
+    "adam_direction(Tensor g, Tensor ratio, Tensor ratio_unit, Tensor squares, Tensor square_unit, float beta1, float beta2, float eps_before, float eps) -> (Tensor, Tensor, Tensor)",
+    "regrid(Tensor direction, Tensor born, float keep, Tensor(a!) u, Tensor low, Tensor high, Tensor(b!) scale, Tensor(c!) group_scale) -> ()",
+    "adam_keep(Tensor direction, Tensor ratio_unit, Tensor v, Tensor square_unit, Tensor bits, Tensor(a!) ratio, Tensor(b!) squares) -> ()",
 )
 _NAMES = [schema.split("(")[0] for schema in _SCHEMAS]
 
@@ -372,6 +378,8 @@ _SHAPES = {  # of what comes out; the others write into a tensor that they are g
     "int4_rows": lambda x, codes, scale, *others: scale.new_empty(x.shape[0], codes.shape[0]),
     "round_tokens": lambda x, *others: (x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)),
     "look_back": lambda q, kept, at: q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3]),
+    "place": lambda codes, residual, zero, direction, by, keep: (direction.new_empty(*by.shape, direction.shape[1] // by.shape[1]), by.new_empty(by.shape), by.new_empty(by.shape)),
+    "adam_direction": lambda g, *others: (torch.empty_like(g), torch.empty_like(g), g.new_empty(len(g), 2)),
 }
 
 # %% ../nbs/03b_native.ipynb #define
@@ -383,8 +391,15 @@ for _name, _schema in zip(_NAMES, _SCHEMAS):
 # %% ../nbs/03b_native.ipynb #source
 _REGISTER = "TORCH_LIBRARY_IMPL(qtlm, CPU, m) {{ {} }}\n".format(" ".join(f'm.impl("{name}", {name});' for name in _NAMES))
 _PARTS = [_HEAD, _MAGNITUDE, _ROUND_ROW, _ROUND_ROW_BY, _ROWS, _DOTS, _SCALE_SUMS, _MULTIPLY, _INT8]
-_PARTS += [_GROUP_SUM, _DOT4, _INT4, _OF_FLOATS, _EXPAND, _DOT, _LOOK, _LOOK_BACK, _ROUND_TOKENS, _ZERO_SUMS, _SCALE_ROW, _SCALE_CODES, _MULTIPLY_TOKENS, _REGISTER]
+_PARTS += [_GROUP_SUM, _DOT4, _INT4, _OF_FLOATS, _EXPAND, _DOT, _LOOK, _LOOK_BACK, _ROUND_TOKENS, _ZERO_SUMS, _SCALE_ROW, _SCALE_CODES, _MULTIPLY_TOKENS]
 _SOURCE = "".join(_PARTS)
+
+
+def _source() -> str:
+    "Return all of the C++: the loops of this chapter and those of a step of training (chapter 06c), and what tells torch of them."
+    from qtlm.moments import _SOURCE as step
+
+    return _SOURCE + step + _REGISTER
 
 # %% ../nbs/03b_native.ipynb #options
 _TUNED = ["-march=native", "-mprefer-vector-width=512", "-fopenmp"]  # tried first; not every compiler knows them
@@ -403,7 +418,7 @@ def _processor() -> str:
 @cache
 def _place() -> Path:
     "Return where the library of this source, torch and processor is, or would be."
-    parts = [_SOURCE, *_TUNED, *_OPTIONS, torch.__version__, platform.machine(), _processor()]
+    parts = [_source(), *_TUNED, *_OPTIONS, torch.__version__, platform.machine(), _processor()]
     home = Path(os.environ.get("QTLM_CACHE") or "~/.cache/qtlm").expanduser()
     return home / f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
 
@@ -452,7 +467,7 @@ def _compile(compiler: str, out: Path) -> None:
     where = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     for tuned in (_TUNED, []):
         command = [compiler, *_OPTIONS, *tuned, "-x", "c++", "-", "-o", str(out), *where]
-        done = subprocess.run(command, input=_SOURCE, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, input=_source(), capture_output=True, text=True, timeout=600)
         if not done.returncode: return
     reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
     raise NativeError(f"native: {compiler} failed ({reason[:200]}). Everything works without, only slower.")

@@ -84,6 +84,12 @@ def check_codes(layer):
     assert v.amin() >= -128 and v.amax() <= 127
 
 
+def place_of(layer, optimizer):
+    "Where the weights are: what the codes stand for, and what is kept of each beside it; and the length of a code."
+    length = layer.scale[:, None] if layer.bits == 8 else layer.scale[:, None] * ((layer.group_scale & 15).float() + 1).repeat_interleave(layer.shape[1] // layer.group_scale.shape[1], 1)
+    return layer.dequantize() + optimizer.state[layer.stand_in]["residual"] / 128 * length, length
+
+
 # ---- laws ----
 
 @each_bits
@@ -96,7 +102,7 @@ def test_zero_gradients_without_decay_change_nothing(bits):
             t.grad = torch.zeros(t.shape)
         optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(value.any() for s in optimizer.state.values() for name, value in s.items() if name not in ("step", "lr"))
+    assert not any(value.any() for s in optimizer.state.values() for name, value in s.items() if name not in ("step", "threshold"))
 
 
 @pytest.mark.parametrize("bits, size", [(8, None), (4, 16), (4, -1)])
@@ -122,6 +128,28 @@ def test_weights_that_got_no_update_keep_their_values_while_their_row_is_not_reg
     layer.stand_in.grad[:, ::2] = before[:, ::2]  # towards zero: nothing overflows
     optimizer.step()
     assert torch.equal(layer.dequantize()[:, 1::2], before[:, 1::2])
+    assert not optimizer.state[layer.stand_in]["residual"][:, 1::2].any()
+
+
+@each_bits
+def test_without_gradients_nothing_is_disturbed_wherever_weights_are(bits):
+    "Also after a hundred steps, with residuals of all sizes: once the moments are gone, gradients of zero change no bit."
+    torch.manual_seed(0)
+    model = one_layer(torch.randn(32, 64), bits, 16)
+    optimizer, layer = QuantizedAdamW(model, lr=3e-3, weight_decay=0.01), model[0]
+    for _ in range(100):
+        layer.stand_in.grad = torch.randn(32, 64)
+        optimizer.step()
+    state = optimizer.state[layer.stand_in]
+    assert state["residual"].unique().numel() > 100
+    for name in ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"):
+        state[name].zero_()
+    optimizer.param_groups[0]["weight_decay"], layer.stand_in.grad = 0.0, torch.zeros(32, 64)
+    before = copy.deepcopy((layer.state_dict(), state))
+    for _ in range(3):
+        optimizer.step()
+    assert all(torch.equal(value, before[0][name]) for name, value in layer.state_dict().items())
+    assert all(torch.equal(value, before[1][name]) for name, value in state.items() if name != "step")
 
 
 @pytest.mark.parametrize("lr", [1e-3, 0.05, 1.0])
@@ -193,18 +221,60 @@ def test_rounding_to_nearest_learns_nothing(bits):
 
 
 @each_bits
-def test_what_rounding_takes_away_is_owed(bits):
-    "Errors do not add up: after many short steps the weights lie around the float path no wider than after a few."
+@pytest.mark.parametrize("lr", [1e-4, 1e-3])
+def test_codes_follow_the_float_path_on_average_at_every_step(bits, lr):
+    "The mean over seeds of a run's codes is the path that the gradients ask for, not only after its first step."
+    torch.manual_seed(0)
+    start = one_layer(torch.randn(8, 64), bits, 32)
+    w, seeds = start[0].dequantize(), 200
+    total, length = torch.zeros(6, 8, 64), None
+    for seed in range(seeds):
+        model = copy.deepcopy(start)
+        optimizer = QuantizedAdamW(model, lr=lr, weight_decay=0.0, seed=seed)
+        for n in range(60):
+            model[0].stand_in.grad = w.sign()  # towards zero, by `lr` a step
+            optimizer.step()
+            if n % 10 == 9:
+                total[n // 10] += model[0].dequantize() / seeds
+    length = place_of(model[0], optimizer)[1].amax()
+    inner = w.abs() > 0.2  # those that don't reach zero
+    for n in range(6):
+        error = (total[n] - (w - (10 * n + 10) * lr * w.sign()))[inner] / length
+        assert abs(error.mean()) < 0.01 and error.abs().max() < 5 * 0.5 / seeds**0.5
+
+
+@each_bits
+def test_what_rounding_takes_away_is_kept(bits):
+    "Errors do not add up: after many short steps each weight is where the float path is, and its code less than two codes away."
     torch.manual_seed(0)
     model = one_layer(torch.randn(64, 64), bits, 32)
-    layer, w, spread = model[0], model[0].dequantize(), {}
+    layer, w = model[0], model[0].dequantize()
     optimizer = QuantizedAdamW(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     for n in range(1, 401):
         layer.stand_in.grad = w.sign()  # towards zero, by 0.001 a step, as constant gradients make it
         optimizer.step()
-        spread[n] = (layer.dequantize() - (w - n * 1e-3 * w.sign()))[w.abs() > 0.5].std().item()
-    step = (layer.scale[:, None] * (1 if bits == 8 else (layer.group_scale & 15) + 1)).mean().item()
-    assert spread[400] < 0.7 * step and spread[400] < 1.3 * max(spread[40], 0.4 * step)
+        if n in (40, 400):
+            inner, (place, length) = w.abs() > 0.5, place_of(layer, optimizer)
+            path = w - n * 1e-3 * w.sign()
+            assert ((place - path) / length)[inner].std() < (0.2 if bits == 8 else 0.1)
+            assert ((layer.dequantize() - path) / length)[inner].std() < 0.5
+            assert ((layer.dequantize() - place) / length).abs().max() < 1
+
+
+def test_states_without_residuals_are_taken(tmp_path):
+    "As they were saved before there were any: the next step begins with none."
+    model = quantized(4)
+    optimizer = configure_optimizer(model, 1e-2)
+    run(model, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        if state.pop("residual", None) is not None:
+            del state["threshold"]
+            state["lr"] = torch.zeros((), dtype=torch.float64)
+    other = configure_optimizer(model, 1e-2)
+    other.load_state_dict(saved)
+    run(model, other, 2, first=2)
+    assert all("residual" in other.state[t] for _, t in trainable_tensors(model) if t.dim() == 2)
 
 
 # ---- ranges, for ever ----

@@ -172,7 +172,8 @@ PARTS = {
     "scales of groups": ("fine-tuning INT4", tensor("q_proj.group_scale")),
     "scales of first moments": ("fine-tuning INT8", moment("exp_avg_scale")),
     "scales of second moments": ("fine-tuning INT8", moment("exp_avg_sq_scale")),
-    "the rate of the last step": ("fine-tuning INT8", moment("lr")),
+    "what rounding took": ("fine-tuning INT8", moment("residual")),
+    "thresholds": ("fine-tuning INT4", moment("threshold")),
     "the generator that rounds": ("fine-tuning INT8", no_rounding),
 }
 
