@@ -185,13 +185,6 @@ def _new_moments(p: Tensor) -> dict[str, Tensor]:
 
 # %% ../nbs/06c_moments.ipynb #settle-loop
 _SETTLE = r"""
-template <class Use>
-static void over_rows(int64_t rows, int64_t width, Use use) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / width), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) use(i);
-  });
-}
-
 static void settle(const Tensor& u, const Tensor& bits, const Tensor& threshold, Tensor residual, Tensor codes) {
   int64_t width = u.size(1), half = codes.size(1);
   over_rows(u.size(0), width, [&](int64_t i) {

@@ -32,6 +32,13 @@ _HEAD = r"""
 #include <vector>
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
+
+template <class Use>
+static void over_rows(int64_t rows, int64_t width, Use use) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / width), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) use(i);
+  });
+}
 """
 
 # %% ../nbs/03b_native.ipynb #magnitude
@@ -364,6 +371,9 @@ _SCHEMAS = (
     "round_tokens(Tensor x, Tensor? scale, Tensor? zero_point) -> (Tensor, Tensor)",
     "scale_codes(Tensor codes, Tensor scale, Tensor(a!) out) -> ()",
     "multiply_tokens(Tensor q, Tensor codes, Tensor x_scale, Tensor scale, Tensor? bias, Tensor? zero_point, Tensor(a!) out) -> ()",
+    "slopes(Tensor grad, Tensor x, Tensor step, Tensor g, Tensor first, Tensor last, bool learns) -> (Tensor, Tensor)",
+    "ends(Tensor w, int groups) -> Tensor",
+    "land(Tensor w, Tensor scale, Tensor g, Tensor first, Tensor last) -> Tensor",
     "place(Tensor codes, Tensor? residual, Tensor? zero, Tensor direction, Tensor by, float keep) -> (Tensor, Tensor, Tensor)",
     "settle(Tensor u, Tensor bits, Tensor threshold, Tensor(a!) residual, Tensor(b!) codes) -> ()",
     "adam_direction(Tensor g, Tensor ratio, Tensor ratio_unit, Tensor squares, Tensor square_unit, float beta1, float beta2, float eps_before, float eps) -> (Tensor, Tensor, Tensor)",
@@ -374,10 +384,12 @@ _NAMES = [schema.split("(")[0] for schema in _SCHEMAS]
 
 # %% ../nbs/03b_native.ipynb #fakes
 _SHAPES = {  # of what comes out; the others write into a tensor that they are given
-    "int8_rows": lambda x, codes, scale, *others: scale.new_empty(x.shape[0], codes.shape[0]),
-    "int4_rows": lambda x, codes, scale, *others: scale.new_empty(x.shape[0], codes.shape[0]),
+    **dict.fromkeys(("int8_rows", "int4_rows"), lambda x, codes, scale, *others: scale.new_empty(x.shape[0], codes.shape[0])),
     "round_tokens": lambda x, *others: (x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)),
     "look_back": lambda q, kept, at: q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3]),
+    "slopes": lambda grad, x, step, g, first, last, learns: (torch.empty_like(x), x.new_empty(len(x) if learns else 0, *x.shape[1:])),
+    "ends": lambda w, groups: w.new_empty(len(w), groups, 2),
+    "land": lambda w, *others: w.new_empty(w.shape, dtype=torch.int8),
     "place": lambda codes, residual, zero, direction, by, keep: (direction.new_empty(*by.shape, direction.shape[1] // by.shape[1]), by.new_empty(by.shape), by.new_empty(by.shape)),
     "adam_direction": lambda g, *others: (torch.empty_like(g), torch.empty_like(g), g.new_empty(len(g), 2)),
 }
@@ -396,10 +408,11 @@ _SOURCE = "".join(_PARTS)
 
 
 def _source() -> str:
-    "Return all of the C++: the loops of this chapter and those of a step of training (chapter 06c), and what tells torch of them."
+    "Return all of the C++: the loops of this chapter and those of training (chapters 05b and 06c), and what tells torch of them."
     from qtlm.moments import _SOURCE as step
+    from qtlm.straight_through import _SOURCE as rounding
 
-    return _SOURCE + step + _REGISTER
+    return _SOURCE + rounding + step + _REGISTER
 
 # %% ../nbs/03b_native.ipynb #options
 _TUNED = ["-march=native", "-mprefer-vector-width=512", "-fopenmp"]  # tried first; not every compiler knows them

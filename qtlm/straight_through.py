@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .kernels import _forward, _multiply, _round_activations, _row_scale
 from .model import _autocast
-from .native import _scale_codes
+from .native import _has_loops, _scale_codes
 from .observers import _grid
 from .rounding import _buffers, _covering, _Grid, _group_grid, _nearest, _row_grid, float_weights, round_weights
 
@@ -53,9 +53,31 @@ def _pieces(t: Tensor, like: Tensor) -> list[Tensor]:
     count = max(1, -(-len(like) // rows))
     return list(t.split(rows)) if t.dim() and len(t) == len(like) else [t] * count
 
+# %% ../nbs/05b_straight_through.ipynb #step-loop
+_SLOPES = r"""
+static std::tuple<Tensor, Tensor> slopes(const Tensor& grad, const Tensor& x, const Tensor& step, const Tensor& g, const Tensor& first, const Tensor& last, bool learns) {
+  int64_t size = x.size(2);
+  Tensor inner = at::empty(x.sizes(), x.options()), moved = at::empty({learns ? x.size(0) : 0, x.size(1), size}, x.options());
+  over_rows(x.size(0) * x.size(1), size, [&](int64_t j) {  // a group each
+    const float *own = x.const_data_ptr<float>() + j * size, *slope = grad.const_data_ptr<float>() + j * size;
+    float *to = inner.mutable_data_ptr<float>() + j * size, *by = moved.mutable_data_ptr<float>() + j * size;
+    float unit = step.const_data_ptr<float>()[j], least = first.const_data_ptr<float>()[j], most = last.const_data_ptr<float>()[j], whole = g.const_data_ptr<float>()[j];
+    for (int64_t k = 0; k < size; k++) {
+      float u = own[k] / unit, held = std::min(std::max(u, least), most), inside = held == u ? 1 : 0;
+      to[k] = slope[k] * inside;
+      if (learns) by[k] = (std::nearbyint(held) - u * inside) * slope[k] * whole;
+    }
+  });
+  return {inner, moved};
+}
+"""
+
 # %% ../nbs/05b_straight_through.ipynb #step-gradients
 def _step_gradients(grad: Tensor, x: Tensor, scale: Tensor, g: Tensor, first: Tensor, last: Tensor, learns: bool) -> tuple[Tensor, Tensor | None]:
     "Return the gradient of x, and what each value adds to that of its scale, summed over the last dimension."
+    if g.shape == (*x.shape[:2], 1) and x.dtype == grad.dtype == torch.float32 and not torch.compiler.is_compiling() and _has_loops(x):
+        inner, moved = torch.ops.qtlm.slopes(grad.contiguous(), x.contiguous(), *(t.expand_as(g).contiguous() for t in (scale * g, g, first, last)), learns)
+        return inner, moved.sum(-1, keepdim=True) if learns else None
     u = x.detach().float() / (scale * g)
     held = torch.minimum(torch.maximum(u, first), last)
     inside = held == u
@@ -157,15 +179,56 @@ def _weight_buffers(w: Tensor, state: _State, kept: _Kept | None = None) -> dict
     grid = kept.grid()
     return _buffers(_nearest(w.float(), grid), grid, state.bits)
 
+# %% ../nbs/05b_straight_through.ipynb #ends-loop
+_ENDS = r"""
+static Tensor ends(const Tensor& w, int64_t groups) {  // the least and the largest of each group; NaN where one is not finite
+  int64_t rows = w.size(0), size = w.size(1) / groups;
+  Tensor out = at::empty({rows, groups, 2}, w.options());
+  over_rows(rows, groups * size, [&](int64_t i) {
+    for (int64_t j = i * groups; j < (i + 1) * groups; j++) {
+      const float* x = w.const_data_ptr<float>() + j * size;
+      float low = INFINITY, high = -INFINITY, bad = 0;
+#pragma omp simd reduction(min : low) reduction(max : high) reduction(+ : bad)
+      for (int64_t k = 0; k < size; k++) low = std::min(low, x[k]), high = std::max(high, x[k]), bad += x[k] * 0;
+      out.mutable_data_ptr<float>()[2 * j] = low + bad, out.mutable_data_ptr<float>()[2 * j + 1] = high + bad;
+    }
+  });
+  return out;
+}
+"""
+
+# %% ../nbs/05b_straight_through.ipynb #land-loop
+_LAND = r"""
+static Tensor land(const Tensor& w, const Tensor& scale, const Tensor& g, const Tensor& first, const Tensor& last) {
+  int64_t rows = w.size(0), groups = g.size(1), size = w.size(1) / groups;
+  Tensor out = at::empty(w.sizes(), w.options().dtype(at::kChar));
+  over_rows(rows, groups * size, [&](int64_t i) {
+    float s = scale.const_data_ptr<float>()[i];
+    for (int64_t j = i * groups; j < (i + 1) * groups; j++) {
+      const float* x = w.const_data_ptr<float>() + j * size;
+      int8_t* to = out.mutable_data_ptr<int8_t>() + j * size;
+      float step = g.const_data_ptr<float>()[j], least = first.const_data_ptr<float>()[j], most = last.const_data_ptr<float>()[j];
+      for (int64_t k = 0; k < size; k++) to[k] = int32_t(std::min(std::max(std::nearbyint(x[k] / s / step), least), most) * step);
+    }
+  });
+  return out;
+}
+"""
+
+# %% ../nbs/05b_straight_through.ipynb #source
+_SOURCE = _SLOPES + _ENDS + _LAND  # what chapter 03b compiles with its own
+
 # %% ../nbs/05b_straight_through.ipynb #int8-form
 def _int8_form(w: Tensor, state: _State, kept: _Kept | None = None) -> tuple[Tensor, Tensor]:
     "Return the same as int8 `[out, in]`, which is what is multiplied, and the scales."
     size = None if state.bits == 8 else w.shape[1] if state.group_size == -1 else state.group_size
+    if not torch.compiler.is_compiling() and w.dtype == torch.float32 and w.is_contiguous() and w.numel() and _has_loops(w):
+        grid = _covering(torch.ops.qtlm.ends(w, w.shape[1] // (size or w.shape[1])).flatten(1), size and 2) if kept is None else kept.grid()
+        return torch.ops.qtlm.land(w, grid.scale, *(t.contiguous() for t in (grid.g, grid.first, grid.last))), grid.scale
     pieces = _pieces(w, w)
     grids = [_covering(piece.float(), size) for piece in pieces] if kept is None else map(_Grid, *(_pieces(t, w) for t in vars(kept.grid()).values()))
     parts = [((_nearest(piece.float(), grid) * grid.g[..., None]).flatten(1).to(torch.int8), grid.scale) for piece, grid in zip(pieces, grids)]
-    codes, scales = zip(*parts)
-    return (codes[0], scales[0]) if len(parts) == 1 else (torch.cat(codes), torch.cat(scales))
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(t) for t in zip(*parts))
 
 # %% ../nbs/05b_straight_through.ipynb #learned-edge
 def _kept_edge(w: Tensor, state: _State, kept: _Kept) -> Tensor:

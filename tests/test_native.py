@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qtlm import TinyLM, Trainer, build_native, native, prepare_qat, quantize_model_ptq
 from qtlm.blockwise import dequantize_blockwise, quantize_blockwise
 from qtlm.cache import KVCache
 from qtlm.config import ModelConfig
+from qtlm.finetuning import enable_finetuning_
 from qtlm.generation import generate
-from qtlm.kernels import int4_linear, int8_linear, pack_int4, quantize_groups, quantize_rows, quantize_tokens
+from qtlm.kernels import KernelError, int4_linear, int8_linear, pack_int4, quantize_groups, quantize_rows, quantize_tokens
 from qtlm.native import NativeError, _few_rows, _has_loops, _is_loaded
+from qtlm.optim import QuantizedAdamW
+from qtlm.rounding import round_weights
+from qtlm.straight_through import _int8_form, _Kept, _kept_edge, _State
 
 HAVE = any(map(shutil.which, ("c++", "g++", "clang++")))
 needs_compiler = pytest.mark.skipif(not HAVE, reason="no C++ compiler")
@@ -46,7 +50,8 @@ def torch_only(monkeypatch):
     def run(function, *args, **options):
         with monkeypatch.context() as patch:
             patch.setattr(native, "_has_loops", lambda x: False)
-            patch.setattr("qtlm.blockwise._has_loops", lambda x: False)
+            for module in ("blockwise", "moments", "straight_through"):
+                patch.setattr(f"qtlm.{module}._has_loops", lambda x: False)
             return function(*args, **options)
     return run
 
@@ -127,6 +132,56 @@ def test_many_rows_are_the_bits_of_torch(rows, width, columns, kind, dtype, with
         plain = quantize_tokens(x.view(-1, 1, width))
     finite = plain[1].isfinite().expand(x.shape[0], 1, width)  # codes of other tokens mean nothing
     assert alike(rounded[1], plain[1]) and torch.equal(rounded[0][finite], plain[0][finite])
+
+
+@needs_compiler
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.integers(1, 9), groups=st.integers(1, 5), size=st.sampled_from((2, 7, 16, 64)), reach=st.sampled_from((0.0, 0.1, 1.0, 8.0, 60.0)), keep=st.sampled_from((1.0, 0.99)), bits=st.sampled_from((8, 4)), seed=st.integers(0, 99))
+def test_a_step_has_the_bits_of_torch(torch_only, rows, groups, size, reach, keep, bits, seed):
+    "Four steps of a layer, in which grids are left, raised, halved and born."
+    def steps():
+        draws = torch.Generator().manual_seed(seed)
+        w = torch.randn(rows, groups * size, generator=draws) * (torch.rand(rows, 1, generator=draws) > 0.2)
+        linear = torch.nn.Linear(groups * size, rows, bias=False)
+        linear.weight.data = w
+        model = enable_finetuning_(quantize_model_ptq(torch.nn.Sequential(linear), bits=bits, **({"group_size": size} if bits == 4 else {})))
+        optimizer = QuantizedAdamW(model, lr=reach * w.abs().amax().item() / 10 + 1e-4, weight_decay=(1 - keep) / (reach + 1), seed=seed)
+        for _ in range(4):
+            grad = torch.randn(w.shape, generator=draws) * (torch.rand(rows, 1, generator=draws) > 0.3)
+            model[0].stand_in.grad = grad.contiguous()
+            optimizer.step()
+        return [*model.state_dict().values(), *optimizer.state[model[0].stand_in].values()]
+
+    assert all(alike(a, b) for a, b in zip(steps(), torch_only(steps)))
+
+
+@needs_compiler
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.integers(1, 9), groups=st.integers(1, 5), size=st.sampled_from((1, 2, 7, 16, 64)), kind=st.sampled_from(("plain", "zeros")), bits=st.sampled_from((8, 4)), learned=st.booleans(), seed=st.integers(0, 99))
+def test_rounding_in_training_has_the_bits_of_torch(torch_only, rows, groups, size, kind, bits, learned, seed):
+    w = activations(rows, groups * size, kind, seed)
+    state = _State(bits, size if bits == 4 else None, "nearest", "Linear")
+    start = round_weights(w, bits, size if bits == 4 else None, "mse")
+    kept = _Kept(start["scale"], start.get("group_scale"), (torch.rand(rows, generator=torch.Generator().manual_seed(seed)) - 0.5).requires_grad_())
+
+    def both():
+        edge = w.clone().requires_grad_()
+        kept.log_scale.grad = None
+        _kept_edge(edge, state, kept).square().sum().backward()
+        return [*_int8_form(w, state, kept if learned else None), edge.grad, kept.log_scale.grad]
+
+    assert all(alike(a, b) for a, b in zip(both(), torch_only(both)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_both(torch_only, bad):
+    w = torch.ones(5, 32)
+    w[3, 7] = bad
+    for bits, size in ((8, None), (4, 8)):
+        for run in (lambda f, *a: f(*a), torch_only):
+            with pytest.raises(KernelError, match="channel 3: found NaN or infinity"):
+                run(_int8_form, w, _State(bits, size, "nearest", "Linear"))
 
 
 @needs_compiler
