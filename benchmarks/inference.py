@@ -23,6 +23,7 @@ from qtlm import quantize_model_ptq
 
 CALLS = {"8 x 256 tokens": (random_ids(8, 256), 1), "one token, no cache": (random_ids(1, 1), 20)}  # what goes in, how often in a row
 WRONG = 0.5  # logits that differ by such a share from float32's are not those of the model: there is no time to compare
+WRAPPED = ("float32", "INT8", "INT4", "torchao int8 dynamic", "torchao int4 in bf16")  # compiled with what calls the kernels in C++, too
 SLOW = 5  # a model that takes so many times float32's time is timed once, not in every round
 
 
@@ -141,6 +142,11 @@ def build(makers: dict[str, Callable[[], nn.Module]], compiled: bool) -> tuple[d
     return models, errors
 
 
+def wrapped(makers: dict[str, Callable[[], nn.Module]]) -> dict[str, nn.Module]:
+    "Models compiled so that C++ calls their kernels, not Python: where a kernel takes microseconds, that is a good part of the time."
+    return {f"{name}, compiled, C++ wrapper": torch.compile(makers[name]().eval(), options={"cpp_wrapper": True}) for name in WRAPPED if name in makers}
+
+
 def time_all(models: dict[str, nn.Module], ids: torch.Tensor, times: int, rounds: int) -> dict[str, dict]:
     "Time `times` calls in a row of each model, in turn; a row a model: figures, or what went wrong."
     calls, rows, unit, wanted = {}, {}, None, None
@@ -186,9 +192,12 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64  # one process holds many compiled models; they share TinyLM's code
     tables = {}
     with torch.no_grad():
-        models, errors = build(makers, not options.no_compile and bool(shutil.which("g++") or shutil.which("clang++")))
+        compiles = not options.no_compile and bool(shutil.which("g++") or shutil.which("clang++"))
+        models, errors = build(makers, compiles)
         for title, (ids, times) in CALLS.items():
             torch._dynamo.reset()
+            if compiles and ids.numel() == 1:
+                models |= wrapped(makers)
             tables[title] = time_all(models, ids, times, options.rounds) | {name: {"error": text} for name, text in errors.items()}
     print(f"{weights} weights")
     report("inference", tables)

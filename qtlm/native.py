@@ -75,15 +75,17 @@ static float round_row_by(const T* x, Q* q, int64_t width, float scale, int zero
 
 # %% ../nbs/03b_native.ipynb #rows
 _ROWS = r"""
-struct Rows { std::vector<int16_t> q; std::vector<float> scale; };
+template <class Q>
+struct Rows { std::vector<Q> q; std::vector<float> scale; };
 
-static Rows round_rows(const Tensor& x, const Maybe& scale, const Maybe& zero_point) {
+template <class Q>
+static Rows<Q> round_rows(const Tensor& x, const Maybe& scale, const Maybe& zero_point) {
   int64_t rows = x.size(0), width = x.size(1);
-  Rows r{std::vector<int16_t>(rows * width), std::vector<float>(rows)};
+  Rows<Q> r{std::vector<Q>(rows * width), std::vector<float>(rows)};
   int zero = zero_point ? *zero_point->const_data_ptr<int32_t>() : 0;
   for (int64_t i = 0; i < rows; i++) {
     const float* from = x.const_data_ptr<float>() + i * width;
-    int16_t* to = r.q.data() + i * width;
+    Q* to = r.q.data() + i * width;
     r.scale[i] = scale ? round_row_by(from, to, width, *scale->const_data_ptr<float>(), zero, zero) : round_row(from, to, width);
   }
   return r;
@@ -115,8 +117,8 @@ static void scale_sums(const int32_t* sums, int64_t count, float x_scale, const 
 
 # %% ../nbs/03b_native.ipynb #multiply
 _MULTIPLY = r"""
-template <class Sums>
-static Tensor multiply(const Rows& r, int64_t columns, int64_t bytes, const Tensor& scale, const Maybe& bias, Sums sums_of) {
+template <class Q, class Sums>
+static Tensor multiply(const Rows<Q>& r, int64_t columns, int64_t bytes, const Tensor& scale, const Maybe& bias, Sums sums_of) {
   int64_t rows = r.scale.size(), blocks = (columns + together - 1) / together;
   Tensor out = at::empty({rows, columns}, scale.options());
   float* y = out.mutable_data_ptr<float>();
@@ -138,7 +140,7 @@ static Tensor multiply(const Rows& r, int64_t columns, int64_t bytes, const Tens
 _INT8 = r"""
 static Tensor int8_rows(const Tensor& x, const Tensor& codes, const Tensor& scale, const Maybe& bias, const Maybe& input_scale, const Maybe& zero_point) {
   int64_t width = x.size(1);
-  Rows r = round_rows(x, input_scale, zero_point);
+  auto r = round_rows<int16_t>(x, input_scale, zero_point);
   const int8_t* w = codes.const_data_ptr<int8_t>();
   return multiply(r, codes.size(0), width, scale, bias, [&](int64_t i, int64_t n, int64_t count, int32_t* sums) {
     const int16_t* q = r.q.data() + i * width;
@@ -148,48 +150,75 @@ static Tensor int8_rows(const Tensor& x, const Tensor& codes, const Tensor& scal
 }
 """
 
-# %% ../nbs/03b_native.ipynb #group-sum
-_GROUP_SUM = r"""
-struct Half { const int16_t* q; const int32_t* totals; const uint8_t* groups; };  // activations, their sums by group, and the groups' bytes
-
-static int32_t group_sum(int32_t sum, int32_t total, uint8_t group) { return (sum - total * (group >> 4)) * ((group & 15) + 1); }
-"""
-
 # %% ../nbs/03b_native.ipynb #dot4
 _DOT4 = r"""
-static int32_t dot4(Half low, Half high, const uint8_t* codes, int64_t run, int64_t runs) {
+template <class Q>
+static int32_t dot4(const Q* q, const uint8_t* codes, int64_t run, int64_t runs, const int32_t* g) {  // the sum of q * code * g, half a row of bytes
   int32_t sum = 0;
   for (int64_t j = 0; j < runs; j++) {
     int32_t a = 0, b = 0;
     for (int64_t k = j * run; k < (j + 1) * run; k++) {
-      a += int32_t(low.q[k]) * (codes[k] & 15);
-      b += int32_t(high.q[k]) * (codes[k] >> 4);
+      a += int32_t(q[k]) * (codes[k] & 15);
+      b += int32_t(q[runs * run + k]) * (codes[k] >> 4);
     }
-    sum += group_sum(a, low.totals[j], low.groups[j]) + group_sum(b, high.totals[j], high.groups[j]);
+    sum += a * g[j] + b * g[runs + j];
   }
   return sum;
 }
 """
 
+# %% ../nbs/03b_native.ipynb #dot4-wide
+_DOT4_WIDE = r"""
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+static int32_t dot4(const int8_t* q, const uint8_t* codes, int64_t run, int64_t runs, const int32_t* g) {
+  const __m512i zero = _mm512_setzero_si512(), nibble = _mm512_set1_epi8(15);
+  const int64_t tail = run % 64, whole = run - tail, half = runs * run;
+  const __mmask64 rest = (1ull << tail) - 1;
+  __m512i sum = zero;
+  for (int64_t j = 0; j < runs; j++, q += run, codes += run) {
+    __m512i a = zero, b = zero;
+    auto add = [&](__m512i c, __m512i low, __m512i high) {
+      a = _mm512_dpbusd_epi32(a, _mm512_and_si512(c, nibble), low);
+      b = _mm512_dpbusd_epi32(b, _mm512_and_si512(_mm512_srli_epi16(c, 4), nibble), high);
+    };
+    for (int64_t k = 0; k < whole; k += 64) add(_mm512_loadu_si512(codes + k), _mm512_loadu_si512(q + k), _mm512_loadu_si512(q + half + k));
+    if (tail) add(_mm512_maskz_loadu_epi8(rest, codes + whole), _mm512_maskz_loadu_epi8(rest, q + whole), _mm512_maskz_loadu_epi8(rest, q + half + whole));
+    a = _mm512_mullo_epi32(a, _mm512_set1_epi32(g[j])), b = _mm512_mullo_epi32(b, _mm512_set1_epi32(g[runs + j]));
+    sum = _mm512_add_epi32(sum, _mm512_add_epi32(a, b));
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
+#endif
+"""
+
 # %% ../nbs/03b_native.ipynb #int4
 _INT4 = r"""
-static Tensor int4_rows(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& group_scale, const Maybe& bias, const Maybe& input_scale, const Maybe& zero_point) {
-  int64_t width = x.size(1), half = width / 2, groups = group_scale.size(1), parts = 1 + groups % 2;
-  int64_t run = width / groups / parts, runs = half / run;
-  Rows r = round_rows(x, input_scale, zero_point);
-  std::vector<int32_t> totals(r.scale.size() * 2 * runs);
+template <class Q>
+static Tensor int4_rows_of(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& group_scale, const Maybe& bias, const Maybe& input_scale, const Maybe& zero_point) {
+  int64_t width = x.size(1), half = width / 2, groups = group_scale.size(1), parts = 1 + groups % 2, runs = groups * parts, run = width / runs;
+  auto r = round_rows<Q>(x, input_scale, zero_point);
+  std::vector<int32_t> totals(r.scale.size() * runs);
   for (size_t j = 0; j < totals.size(); j++)
     for (int64_t k = 0; k < run; k++) totals[j] += r.q[j * run + k];
-  const uint8_t *w = codes.const_data_ptr<uint8_t>(), *g = group_scale.const_data_ptr<uint8_t>();
+  const uint8_t *w = codes.const_data_ptr<uint8_t>(), *bytes = group_scale.const_data_ptr<uint8_t>();
   return multiply(r, codes.size(0), half, scale, bias, [&](int64_t i, int64_t n, int64_t count, int32_t* sums) {
-    const int16_t* q = r.q.data() + i * width;
-    const int32_t* total = totals.data() + i * 2 * runs;
-    std::vector<uint8_t> own(2 * runs);
+    std::vector<int32_t> g(count * runs), less(count * runs);
+    for (int64_t part = 0; part < parts; part++)
+      for (int64_t j = 0; j < count * groups; j++) {
+        uint8_t byte = bytes[n * groups + j];
+        g[j * parts + part] = (byte & 15) + 1, less[j * parts + part] = (byte >> 4) * ((byte & 15) + 1);
+      }
     for (int64_t c = 0; c < count; c++) {
-      for (int64_t j = 0; j < 2 * runs; j++) own[j] = g[(n + c) * groups + j / parts];
-      sums[c] = dot4({q, total, own.data()}, {q + half, total + runs, own.data() + runs}, w + (n + c) * half, run, runs);
+      sums[c] = dot4(r.q.data() + i * width, w + (n + c) * half, run, runs / 2, g.data() + c * runs);
+      for (int64_t j = 0; j < runs; j++) sums[c] -= totals[i * runs + j] * less[c * runs + j];
     }
   });
+}
+
+static Tensor int4_rows(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& group_scale, const Maybe& bias, const Maybe& input_scale, const Maybe& zero_point) {
+  auto rows = zero_point ? int4_rows_of<int16_t> : int4_rows_of<int8_t>;  // less a zero point they need 16 bits
+  return rows(x, codes, scale, group_scale, bias, input_scale, zero_point);
 }
 """
 
@@ -403,7 +432,7 @@ for _name, _schema in zip(_NAMES, _SCHEMAS):
 # %% ../nbs/03b_native.ipynb #source
 _REGISTER = "TORCH_LIBRARY_IMPL(qtlm, CPU, m) {{ {} }}\n".format(" ".join(f'm.impl("{name}", {name});' for name in _NAMES))
 _PARTS = [_HEAD, _MAGNITUDE, _ROUND_ROW, _ROUND_ROW_BY, _ROWS, _DOTS, _SCALE_SUMS, _MULTIPLY, _INT8]
-_PARTS += [_GROUP_SUM, _DOT4, _INT4, _OF_FLOATS, _EXPAND, _DOT, _LOOK, _LOOK_BACK, _ROUND_TOKENS, _ZERO_SUMS, _SCALE_ROW, _SCALE_CODES, _MULTIPLY_TOKENS]
+_PARTS += [_DOT4, _DOT4_WIDE, _INT4, _OF_FLOATS, _EXPAND, _DOT, _LOOK, _LOOK_BACK, _ROUND_TOKENS, _ZERO_SUMS, _SCALE_ROW, _SCALE_CODES, _MULTIPLY_TOKENS]
 _SOURCE = "".join(_PARTS)
 
 
