@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -227,8 +228,8 @@ _OF_FLOATS = r"""
 static void put(float v, float* y) { *y = v; }
 
 static void put(float v, at::BFloat16* y) {
-  uint32_t bits = std::bit_cast<uint32_t>(v);
-  y->x = v != v ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  uint32_t bits = std::bit_cast<uint32_t>(v), even = bits >> 16 & 1;
+  y->x = v != v ? 0x7fc0 : (bits + 0x7fff + even) >> 16;
 }
 
 template <class Use>
@@ -547,10 +548,9 @@ def build_native() -> Path: # the library
 @cache
 def _can_build() -> bool:
     "Build the loops if need be, and tell whether they can be used."
-    try:
+    with suppress(NativeError):
         return bool(build_native())
-    except NativeError:
-        return False
+    return False
 
 
 @torch.compiler.assume_constant_result
