@@ -142,9 +142,10 @@ def build(makers: dict[str, Callable[[], nn.Module]], compiled: bool) -> tuple[d
     return models, errors
 
 
-def wrapped(makers: dict[str, Callable[[], nn.Module]]) -> dict[str, nn.Module]:
+def wrapped(models: dict[str, nn.Module]) -> dict[str, nn.Module]:
     "Models compiled so that C++ calls their kernels, not Python: where a kernel takes microseconds, that is a good part of the time."
-    return {f"{name}, compiled, C++ wrapper": torch.compile(makers[name]().eval(), options={"cpp_wrapper": True}) for name in WRAPPED if name in makers}
+    there = {name: models[f"{name}, eager"] for name in WRAPPED if f"{name}, eager" in models}
+    return {f"{name}, compiled, C++ wrapper": torch.compile(model, options={"cpp_wrapper": True}) for name, model in there.items()}
 
 
 def time_all(models: dict[str, nn.Module], ids: torch.Tensor, times: int, rounds: int) -> dict[str, dict]:
@@ -197,7 +198,7 @@ def main() -> None:
         for title, (ids, times) in CALLS.items():
             torch._dynamo.reset()
             if compiles and ids.numel() == 1:
-                models |= wrapped(makers)
+                models |= wrapped(models)
             tables[title] = time_all(models, ids, times, options.rounds) | {name: {"error": text} for name, text in errors.items()}
     print(f"{weights} weights")
     report("inference", tables)

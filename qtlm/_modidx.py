@@ -1329,6 +1329,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'qtlm/straight_through.py'),
                                        'qtlm.straight_through._step_gradients': ( 'straight_through.html#_step_gradients',
                                                                                   'qtlm/straight_through.py'),
+                                       'qtlm.straight_through._takes_loops': ( 'straight_through.html#_takes_loops',
+                                                                               'qtlm/straight_through.py'),
                                        'qtlm.straight_through._weight_buffers': ( 'straight_through.html#_weight_buffers',
                                                                                   'qtlm/straight_through.py'),
                                        'qtlm.straight_through.fake_quantize': ( 'straight_through.html#fake_quantize',

@@ -36,7 +36,7 @@ using Maybe = std::optional<Tensor>;
 
 template <class Use>
 static void over_rows(int64_t rows, int64_t width, Use use) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / width), [&](int64_t first, int64_t last) {
+  at::parallel_for(0, rows, 1 + 16384 / (1 + width), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) use(i);
   });
 }

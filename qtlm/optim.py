@@ -174,6 +174,10 @@ def _load_generators(states: dict[str, Tensor]) -> dict[str, torch.Generator]:
     return {device: torch.Generator(device).set_state(state) for device, state in states.items()}
 
 # %% ../nbs/07_optim.ipynb #check-state
+_SHAPES = dict.fromkeys(("exp_avg", "exp_avg_sq", "residual"), lambda shape: shape)  # of what is kept of a tensor
+_SHAPES |= dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale", "threshold"), lambda shape: shape[:1])
+
+
 def _check_state(saved: dict, groups: list[dict]) -> None:
     "Raise unless `saved` is the state of a `QuantizedAdamW` over tensors of these shapes."
     def refuse(found): raise OptimizerError(f"load_state_dict: found {found}; expected the state of a QuantizedAdamW over the same tensors.")
@@ -184,8 +188,10 @@ def _check_state(saved: dict, groups: list[dict]) -> None:
     for old, new in zip(saved["param_groups"], groups):
         for i, p, name in zip(old["params"], new["params"], new["param_names"]):
             for key, value in saved["state"].get(i, {}).items():
-                if key in ("exp_avg", "exp_avg_sq", "residual") and value.shape != p.shape:
+                if key in _SHAPES and value.shape != _SHAPES[key](p.shape):
                     refuse(f"{key} {list(value.shape)} for {name} {list(p.shape)}")
+            if len({"residual", "threshold"} & saved["state"].get(i, {}).keys()) == 1:
+                refuse(f"half of what is kept of {name}")
 
 # %% ../nbs/07_optim.ipynb #quantized-adamw
 class QuantizedAdamW(torch.optim.Optimizer):
@@ -266,7 +272,7 @@ class QuantizedAdamW(torch.optim.Optimizer):
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, (_, p, _) in zip(indices, self._stepped_tensors()):
             for name, value in state_dict["state"].get(i, {}).items():  # torch has cast these to the parameter's dtype
-                self.state[p][name] = value.detach().clone().to(p.device)
+                self.state[p][name] = value.detach().clone(memory_format=torch.contiguous_format).to(p.device)
         self._seed, self._generators = state_dict["rounding"]["seed"], generators
 
     def __getstate__(self):

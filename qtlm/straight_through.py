@@ -47,6 +47,12 @@ def fake_quantize(
     return _Straight.apply(w, float_weights(**buffers, width=w.shape[1]).to(w.dtype))
 
 # %% ../nbs/05b_straight_through.ipynb #pieces
+def _takes_loops(*tensors: Tensor) -> bool:
+    "Tell whether loops in C++ may take these: nobody traces them, or asks for a derivative of what they give."
+    traced = torch.compiler.is_compiling() or torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not traced and all(t.dtype == torch.float32 and t.numel() for t in tensors) and _has_loops(tensors[0])
+
+
 def _pieces(t: Tensor, like: Tensor) -> list[Tensor]:
     "Return `t` in pieces, along its first dimension, so that those of `like` fit the cache; what has no such dimension goes with each."
     rows = max(1, len(like) if torch.compiler.is_compiling() else 2**18 * len(like) // max(1, like.numel()))
@@ -75,7 +81,7 @@ static std::tuple<Tensor, Tensor> slopes(const Tensor& grad, const Tensor& x, co
 # %% ../nbs/05b_straight_through.ipynb #step-gradients
 def _step_gradients(grad: Tensor, x: Tensor, scale: Tensor, g: Tensor, first: Tensor, last: Tensor, learns: bool) -> tuple[Tensor, Tensor | None]:
     "Return the gradient of x, and what each value adds to that of its scale, summed over the last dimension."
-    if g.shape == (*x.shape[:2], 1) and x.dtype == grad.dtype == torch.float32 and not torch.compiler.is_compiling() and _has_loops(x):
+    if g.shape == (*x.shape[:2], 1) and _takes_loops(grad, x):
         inner, moved = torch.ops.qtlm.slopes(grad.contiguous(), x.contiguous(), *(t.expand_as(g).contiguous() for t in (scale * g, g, first, last)), learns)
         return inner, moved.sum(-1, keepdim=True) if learns else None
     u = x.detach().float() / (scale * g)
@@ -222,13 +228,13 @@ _SOURCE = _SLOPES + _ENDS + _LAND  # what chapter 03b compiles with its own
 def _int8_form(w: Tensor, state: _State, kept: _Kept | None = None) -> tuple[Tensor, Tensor]:
     "Return the same as int8 `[out, in]`, which is what is multiplied, and the scales."
     size = None if state.bits == 8 else w.shape[1] if state.group_size == -1 else state.group_size
-    if not torch.compiler.is_compiling() and w.dtype == torch.float32 and w.is_contiguous() and w.numel() and _has_loops(w):
+    if _takes_loops(w := w.contiguous()):
         grid = _covering(torch.ops.qtlm.ends(w, w.shape[1] // (size or w.shape[1])).flatten(1), size and 2) if kept is None else kept.grid()
         return torch.ops.qtlm.land(w, grid.scale, *(t.contiguous() for t in (grid.g, grid.first, grid.last))), grid.scale
     pieces = _pieces(w, w)
     grids = [_covering(piece.float(), size) for piece in pieces] if kept is None else map(_Grid, *(_pieces(t, w) for t in vars(kept.grid()).values()))
     parts = [((_nearest(piece.float(), grid) * grid.g[..., None]).flatten(1).to(torch.int8), grid.scale) for piece, grid in zip(pieces, grids)]
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(t) for t in zip(*parts))
+    return tuple(torch.cat(t) if len(parts) > 1 else t[0] for t in zip(*parts))
 
 # %% ../nbs/05b_straight_through.ipynb #learned-edge
 def _kept_edge(w: Tensor, state: _State, kept: _Kept) -> Tensor:

@@ -174,6 +174,19 @@ def test_rounding_in_training_has_the_bits_of_torch(torch_only, rows, groups, si
 
 
 @needs_compiler
+def test_second_derivatives_are_those_of_torch(torch_only):
+    def penalty():
+        torch.manual_seed(0)
+        model = prepare_qat(torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Linear(32, 16)), bits=4, group_size=16, rounding="mse")
+        slopes = torch.autograd.grad(model(torch.randn(4, 32)).square().sum(), list(model.parameters()), create_graph=True)
+        sum(slope.square().sum() for slope in slopes).backward()
+        return [p.grad for p in model.parameters()]
+
+    found = penalty()
+    assert all(g.abs().sum() > 0 for g in found) and all(map(alike, found, torch_only(penalty)))
+
+
+@needs_compiler
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_weights_that_are_not_finite_are_refused_by_both(torch_only, bad):
     w = torch.ones(5, 32)

@@ -475,7 +475,11 @@ def test_states_of_others_are_refused_and_change_nothing():
     float_model = tiny()
     broken = copy.deepcopy(optimizer.state_dict())
     next(s for s in broken["state"].values() if s["exp_avg"].dtype == torch.int8)["exp_avg_sq"] = torch.zeros(1)
-    wrong = [torch.optim.AdamW(float_model.parameters()).state_dict(), run_once.state_dict(), configure_optimizer(quantized(num_hidden_layers=2)).state_dict(), {}, None, broken]
+    short, half = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    kept = next(s for s in short["state"].values() if "threshold" in s)
+    kept["threshold"] = kept["threshold"][:3]
+    del next(s for s in half["state"].values() if "threshold" in s)["threshold"]
+    wrong = [short, half, torch.optim.AdamW(float_model.parameters()).state_dict(), run_once.state_dict(), configure_optimizer(quantized(num_hidden_layers=2)).state_dict(), {}, None, broken]
     for state in wrong:
         with pytest.raises(OptimizerError, match="load_state_dict: found"):
             optimizer.load_state_dict(state)
