@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -437,12 +438,12 @@ _PARTS += [_DOT4, _DOT4_WIDE, _INT4, _OF_FLOATS, _EXPAND, _DOT, _LOOK, _LOOK_BAC
 _SOURCE = "".join(_PARTS)
 
 
-def _source() -> str:
-    "Return all of the C++: the loops of this chapter and those of training (chapters 05b and 06c), and what tells torch of them."
-    from qtlm.moments import _SOURCE as step
-    from qtlm.straight_through import _SOURCE as rounding
+_LATER = ("straight_through", "moments")  # chapters 05b and 06c, whose loops are built with these
 
-    return _SOURCE + rounding + step + _REGISTER
+
+def _source() -> str:
+    "Return all of the C++, and what tells torch of it."
+    return "".join([_SOURCE, *(import_module(f"qtlm.{name}")._SOURCE for name in _LATER), _REGISTER])
 
 # %% ../nbs/03b_native.ipynb #options
 _TUNED = ["-march=native", "-mprefer-vector-width=512", "-fopenmp"]  # tried first; not every compiler knows them
