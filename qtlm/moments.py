@@ -185,6 +185,14 @@ def _new_moments(p: Tensor) -> dict[str, Tensor]:
 
 # %% ../nbs/06c_moments.ipynb #settle-loop
 _SETTLE = r"""
+static void settle_row(const float* u, const int32_t* bits, int64_t width, int32_t first, int8_t* codes, int8_t* residual) {
+  for (int64_t k = 0; k < width; k++) {
+    int32_t fixed = ((std::bit_cast<int32_t>(u[k] * 128 + 49152) + (bits[k] & 0xff)) >> 8) - 0x474000;
+    int32_t code = (fixed + ((first + 79 * int32_t(k)) & 127)) >> 7;
+    codes[k] = code, residual[k] = fixed - code * 128;
+  }
+}
+
 static void settle(const Tensor& u, const Tensor& bits, const Tensor& threshold, Tensor residual, Tensor codes) {
   int64_t width = u.size(1), half = codes.size(1);
   over_rows(u.size(0), width, [&](int64_t i) {
@@ -193,13 +201,9 @@ static void settle(const Tensor& u, const Tensor& bits, const Tensor& threshold,
     uint8_t first = threshold.const_data_ptr<uint8_t>()[i];
     int8_t *left = residual.mutable_data_ptr<int8_t>() + i * width, *to = (int8_t*)codes.mutable_data_ptr() + i * half;
     std::vector<int8_t> own(width);
-    for (int64_t k = 0; k < width; k++) {
-      int32_t fixed = ((std::bit_cast<int32_t>(from[k] * 128 + 49152) + (dither[k] & 0xff)) >> 8) - 0x474000;
-      own[k] = (fixed + ((first + 79 * int32_t(k)) & 127)) >> 7;
-      left[k] = fixed - own[k] * 128;
-    }
+    settle_row(from, dither, width, first, own.data(), left);
     std::copy(own.begin(), own.begin() + half, to);
-    for (int64_t k = half; k < width; k++) to[k - half] |= own[k] << 4;
+    for (int64_t k = 0, others = width - half; k < others; k++) to[k] |= own[half + k] << 4;
   });
 }
 """
@@ -368,7 +372,8 @@ static void adam_keep(const Tensor& direction, const Tensor& ratio_unit, const T
     int8_t* r = ratio.mutable_data_ptr<int8_t>() + i * width;
     uint8_t* q = squares.mutable_data_ptr<uint8_t>() + i * width;
     float r_unit = ratio_unit.const_data_ptr<float>()[i], q_unit = square_unit.const_data_ptr<float>()[i];
-    for (int64_t k = 0; k < width; k++) {
+    int64_t end = width;  // of its own: a byte that is written might be one of another's
+    for (int64_t k = 0; k < end; k++) {
       r[k] = (std::bit_cast<int32_t>(d[k] / r_unit + 1536) + ((b[k] >> 6) & 0x1fff)) >> 13;
       q[k] = (std::bit_cast<int32_t>(x[k] / q_unit + 2) + ((b[k] >> 11) & 0xfffff)) >> 20;
     }

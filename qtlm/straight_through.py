@@ -205,16 +205,18 @@ static Tensor ends(const Tensor& w, int64_t groups) {  // the least and the larg
 
 # %% ../nbs/05b_straight_through.ipynb #land-loop
 _LAND = r"""
+static void land_group(const float* x, int64_t size, float scale, float step, float least, float most, int8_t* to) {
+  for (int64_t k = 0; k < size; k++) to[k] = int32_t(std::min(std::max(std::nearbyint(x[k] / scale / step), least), most) * step);
+}
+
 static Tensor land(const Tensor& w, const Tensor& scale, const Tensor& g, const Tensor& first, const Tensor& last) {
   int64_t rows = w.size(0), groups = g.size(1), size = w.size(1) / groups;
   Tensor out = at::empty(w.sizes(), w.options().dtype(at::kChar));
   over_rows(rows, groups * size, [&](int64_t i) {
     float s = scale.const_data_ptr<float>()[i];
     for (int64_t j = i * groups; j < (i + 1) * groups; j++) {
-      const float* x = w.const_data_ptr<float>() + j * size;
-      int8_t* to = out.mutable_data_ptr<int8_t>() + j * size;
       float step = g.const_data_ptr<float>()[j], least = first.const_data_ptr<float>()[j], most = last.const_data_ptr<float>()[j];
-      for (int64_t k = 0; k < size; k++) to[k] = int32_t(std::min(std::max(std::nearbyint(x[k] / s / step), least), most) * step);
+      land_group(w.const_data_ptr<float>() + j * size, size, s, step, least, most, out.mutable_data_ptr<int8_t>() + j * size);
     }
   });
   return out;
