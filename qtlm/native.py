@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 from contextlib import suppress
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -438,12 +437,12 @@ _PARTS += [_DOT4, _DOT4_WIDE, _INT4, _OF_FLOATS, _EXPAND, _DOT, _LOOK, _LOOK_BAC
 _SOURCE = "".join(_PARTS)
 
 
-_LATER = ("straight_through", "moments")  # chapters 05b and 06c, whose loops are built with these
-
-
 def _source() -> str:
-    "Return all of the C++, and what tells torch of it."
-    return "".join([_SOURCE, *(import_module(f"qtlm.{name}")._SOURCE for name in _LATER), _REGISTER])
+    "Return all of the C++, that of later chapters (05b, 06c) included, and what tells torch of it."
+    from qtlm.moments import _SOURCE as step
+    from qtlm.straight_through import _SOURCE as rounding
+
+    return _SOURCE + rounding + step + _REGISTER
 
 # %% ../nbs/03b_native.ipynb #options
 _TUNED = ["-march=native", "-mprefer-vector-width=512", "-fopenmp"]  # tried first; not every compiler knows them
